@@ -1,0 +1,65 @@
+"""Guerdon: define, learn, shape, assign, optimise and audit reward.
+
+``import guerdon as gd`` is light: sub-packages load on first use, and neither torch nor
+transformers is imported before something needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from guerdon import (
+        cli,
+        credit,
+        environments,
+        errors,
+        objectives,
+        papers,
+        policies,
+        report,
+        rewards,
+        rollout,
+        routing,
+        serve,
+        shaping,
+        training,
+        types,
+    )
+
+__version__ = "0.1.0"
+
+_PACKAGES = (
+    "cli",
+    "credit",
+    "environments",
+    "errors",
+    "objectives",
+    "papers",
+    "policies",
+    "registry",
+    "report",
+    "rewards",
+    "rollout",
+    "routing",
+    "serve",
+    "shaping",
+    "training",
+    "types",
+)
+_NOUNS = ("Group", "Score", "Segmenter", "Span", "StopReason", "Task", "Trajectory", "Turn", "Usage")
+
+__all__ = ["__version__", *_NOUNS, *_PACKAGES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"guerdon.{name}")
+    if name in _NOUNS:
+        return getattr(importlib.import_module("guerdon.types"), name)
+    raise AttributeError(f"module 'guerdon' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
