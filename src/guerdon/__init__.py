@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from guerdon import (
+    from guerdon import (  # noqa: F401
         cli,
         credit,
         environments,

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import pairwise
 from typing import Any, Literal
 
 __all__ = [
@@ -429,7 +430,7 @@ class Segmenter:
             raise ValueError(f"cutting a turn by {self.by!r} needs Turn.token_ends; ask the engine to record them")
         starts = [0, *turn.token_ends[:-1]]
         cuts = [0, *(sum(s < end for s in starts) for end in ends[:-1]), len(turn)]
-        return [Span(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+        return [Span(a, b) for a, b in pairwise(cuts) if b > a]
 
 
 def step_spans(trajectory: Trajectory, segmenter: Segmenter) -> tuple[Span, ...]:
