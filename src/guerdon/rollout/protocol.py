@@ -119,7 +119,8 @@ class Observation:
         text: appended to the context as an environment turn; may be empty.
         done: the episode is over.
         stop: why, when done.
-        final: True asks for one last policy turn, after which the episode ends whatever it says.
+        final: True asks for one last policy turn. It is passed to ``step`` as well, so that the environment
+            can record it, and the episode then ends whatever ``step`` returns.
         meta: goes into the environment turn's ``meta``.
     """
 
@@ -153,7 +154,11 @@ class Environment(Protocol):
     def start(self, task: Task, *, seed: int, group: int, member: int) -> Episode:
         """Begin ``task``.
 
-        ``seed`` is this episode's own. Episodes of one group (same ``group`` number) must show the
-        same prompt; ``member`` counts within the group.
+        Args:
+            task: what to play.
+            seed: this episode's own.
+            group: a number shared by the episodes of one group, derived from the loop's seed and the
+                task's id. Episodes of one group must show the same prompt.
+            member: counts within the group.
         """
         ...
