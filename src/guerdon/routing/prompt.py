@@ -92,15 +92,15 @@ def router_prompt(question: str, members: Iterable[Member], *, prices: bool = Tr
 
 
 def compact_member(member: Member) -> str:
-    """``NAME : DESCRIPTOR ; $ PRICE``, the output price rounded to whole units of USD per million tokens."""
-    return f"{member.name} : {member.descriptor} ; $ {member.output_price:.0f}"
+    """``- NAME : DESCRIPTOR ; $ PRICE``, the output price rounded to whole units of USD per million tokens."""
+    return f"- {member.name} : {member.descriptor} ; $ {member.output_price:.0f}"
 
 
 def compact_prompt(
     question: str, members: Iterable[Member], *, prices: bool = True, budget_usd: float | None = None
 ) -> str:
     """The same content for a tiny policy: one line per member, then the question."""
-    lines = [compact_member(m) if prices else f"{m.name} : {m.descriptor}" for m in members]
+    lines = [compact_member(m) if prices else f"- {m.name} : {m.descriptor}" for m in members]
     if budget_usd is not None:
         lines.append(f"budget : $ {budget_usd:.6f}")
     return "\n".join([*lines, f"Question: {with_question_mark(question)}"])

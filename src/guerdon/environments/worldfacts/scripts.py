@@ -1,0 +1,76 @@
+"""Scripted rollouts for the supervised warm start: the right form, an arbitrary choice.
+
+The script asks a uniformly random member each time and stops after a random number of calls, so the
+warm start teaches the protocol and nothing about whom to ask or when to stop. The thought before a
+call names one skill of the member that is about to be asked; that makes "name whoever has this skill"
+learnable from the scripts, while the skill itself stays arbitrary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from guerdon.environments.worldfacts.pools import Entry
+from guerdon.environments.worldfacts.questions import Register, sub_question
+from guerdon.environments.worldfacts.specialists import read_answer
+from guerdon.types import Task
+
+__all__ = ["Segment", "scripted_rollout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Text by the policy or by the environment."""
+
+    speaker: Literal["policy", "environment"]
+    text: str
+
+
+def scripted_rollout(
+    task: Task,
+    pool: Sequence[Entry],
+    ask: Callable[[str, str], str],
+    rng: np.random.Generator,
+    *,
+    wrap: Callable[[str], str],
+    max_calls: int = 3,
+) -> list[Segment]:
+    """Write one rollout.
+
+    Calls follow the question's chain, each with the answer read from the reply before it; calls beyond
+    the chain repeat its last question. The final answer is the last reply's.
+
+    Args:
+        task: from :func:`~guerdon.environments.worldfacts.questions.make_tasks`.
+        pool: members on offer.
+        ask: ``ask(name, query)`` returns a member's reply.
+        rng: chooses members, thoughts and the number of calls (uniform in 1 .. ``max_calls``).
+        wrap: turns a reply into the observation that the environment would show.
+        max_calls: most calls.
+
+    Returns:
+        Segments; policy segments together are valid under the format reward.
+    """
+    register: Register = task.meta["register"]
+    chain = task.meta["chain"]
+    segments: list[Segment] = []
+    subject, answer, query = chain[0].subject, "", ""
+    for k in range(int(rng.integers(1, max_calls + 1))):
+        if k < len(chain):
+            query = sub_question(chain[k].relation, subject, register)
+        member = pool[int(rng.integers(len(pool)))]
+        skill = member.skill.domains[int(rng.integers(len(member.skill.domains)))]
+        thought = f"need {skill}" if register == "compact" else f"I need a model that knows {skill}."
+        segments.append(Segment("policy", f"<think> {thought} </think><search> {member.name} : {query} </search>"))
+        reply = ask(member.name, query)
+        segments.append(Segment("environment", wrap(reply)))
+        answer = read_answer(reply)
+        if k < len(chain) - 1:
+            subject = answer
+    done = "done" if register == "compact" else "I have what I need."
+    segments.append(Segment("policy", f"<think> {done} </think><answer> {answer} </answer>"))
+    return segments

@@ -1,0 +1,25 @@
+"""The words of the compact register, for a tokenizer that holds each of them as one token."""
+
+from __future__ import annotations
+
+from guerdon.environments.worldfacts.facts import DOMAINS, RELATIONS, World
+from guerdon.environments.worldfacts.pools import FIRST, SECOND
+
+__all__ = ["vocabulary"]
+
+_GLUE = (" of", " :", " ,", " ;", " $", " .", " need", " done", " unknown", "=", "-", "\n\n", "Question:", "?")
+
+
+def vocabulary(world: World, domains: tuple[str, ...] = DOMAINS) -> tuple[str, ...]:
+    """Words of the compact register, each with the blank before it where it has one.
+
+    Names of all entities are in it, those of the test split included: a closed vocabulary says nothing about
+    which fact holds. Names of members are two tokens, so that an unseen name is an unseen pair of known tokens.
+    """
+    words = {f" {w}" for w in (*RELATIONS, *DOMAINS)}
+    for fact in world.facts:
+        if fact.domain in domains:
+            words |= {f" {fact.subject}", f" {fact.objects[0]}"}
+    words |= {f" {first}" for first in FIRST} | {f"-{second}" for second in SECOND}
+    words |= {f" {price}" for price in range(1, 31)}
+    return (*_GLUE, *sorted(words))
