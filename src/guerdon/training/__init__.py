@@ -1,0 +1,43 @@
+"""Training loops: supervised fine-tuning and online reinforcement learning, with checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Callback": "callbacks",
+    "Checkpoint": "checkpoint",
+    "Checkpoints": "checkpoint",
+    "Config": "config",
+    "Console": "callbacks",
+    "EarlyStop": "callbacks",
+    "EarlyStopConfig": "config",
+    "Evaluate": "callbacks",
+    "Example": "sft",
+    "HeldOut": "evaluate",
+    "JsonlWriter": "callbacks",
+    "MetricsWriter": "callbacks",
+    "OnlineConfig": "config",
+    "OnlineTrainer": "online",
+    "OptimiserConfig": "config",
+    "RunResult": "loop",
+    "SftConfig": "config",
+    "SftTrainer": "sft",
+    "StepDetail": "online",
+    "TrainingError": "optimise",
+    "TrajectoryWriter": "callbacks",
+    "load_yaml": "config",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"guerdon.training.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'guerdon.training' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

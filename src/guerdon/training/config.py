@@ -1,0 +1,440 @@
+"""Settings of the training loops: typed, read without torch, every mistake reported before a model loads.
+
+A setting that is unknown, of the wrong type, out of range, or senseless beside another one raises one
+:class:`~guerdon.errors.ConfigError` that lists all problems of that kind together, each with its fix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from guerdon.errors import ConfigError, nearest
+
+__all__ = ["Config", "EarlyStopConfig", "OnlineConfig", "OptimiserConfig", "SftConfig", "load_yaml"]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Problems(ConfigError):
+    """A configuration error that still knows the key of each problem, so that a parent can prefix it."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"{key}: {text}" if key else text for key, text in self.problems))
+
+
+class Config(BaseModel):
+    """Base of all settings: frozen, no unknown keys, errors as :class:`~guerdon.errors.ConfigError`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _Problems(list(_problems(type(self), error))) from None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        problems = list(self.conflicts())
+        if problems:
+            raise _Problems([("", text) for text in problems])
+        return self
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield one sentence per combination of settings that makes no sense."""
+        yield from ()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str = "") -> Self:
+        """Build from a mapping; ``source`` (for example a file name) begins every error message.
+
+        Raises:
+            ConfigError: unknown keys, wrong types, values out of range, or settings that exclude each other.
+        """
+        try:
+            return cls(**dict(values))
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") if source else error from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply ``"key.sub=value"`` overrides; see :func:`load_yaml`."""
+        return cls.from_mapping(load_yaml(path, overrides), source=str(path))
+
+    def flat(self) -> dict[str, Any]:
+        """All settings with dotted keys, as JSON values."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+    def free_on_resume(self) -> frozenset[str]:
+        """Dotted keys that may change when a run is resumed: they do not change what the next step learns."""
+        return frozenset({"save_every", "keep_last"})
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all settings; equal settings give equal fingerprints in every process."""
+        return hashlib.sha256(json.dumps(self.flat(), sort_keys=True).encode()).hexdigest()
+
+
+class OptimiserConfig(Config):
+    """AdamW and its learning rate.
+
+    Args:
+        lr: peak learning rate of the policy.
+        critic_lr: of the critic or value head; default: ``lr``.
+        schedule: what follows the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"`` down to ``final * lr``.
+        warmup: steps of linear warm-up.
+        final: fraction of ``lr`` at the end of a decaying schedule.
+        weight_decay: decoupled; applied to matrices only, not to gains and biases.
+        betas, eps: of AdamW.
+        grad_clip: largest gradient norm (per optimiser); ``None`` leaves gradients as they are.
+    """
+
+    lr: Positive = 1e-5
+    critic_lr: Positive | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final: Fraction = 0.0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    grad_clip: Positive | None = 1.0
+
+    def conflicts(self) -> Iterator[str]:
+        if self.schedule == "constant" and "final" in self.model_fields_set:
+            yield "final has no meaning with schedule='constant'; choose 'linear' or 'cosine', or leave final out"
+
+    def scale(self, step: int, steps: int) -> float:
+        """Factor on the learning rate at ``step`` (from 0) of ``steps``; a pure function, so a resumed run agrees."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        shape = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.final + (1.0 - self.final) * shape
+
+
+class EarlyStopConfig(Config):
+    """End a run before its last step.
+
+    Args:
+        metric: key of the metrics row to watch, for example ``"reward/mean"`` or ``"eval/em"``.
+        target: stop as soon as the metric reaches this.
+        patience: stop after so many readings without a new best.
+        mode: whether larger (``"max"``) or smaller (``"min"``) is better.
+    """
+
+    metric: str
+    target: float | None = None
+    patience: Count | None = None
+    mode: Literal["max", "min"] = "max"
+
+    def conflicts(self) -> Iterator[str]:
+        if self.target is None and self.patience is None:
+            yield "early_stop needs target or patience"
+
+
+class SftConfig(Config):
+    """Supervised fine-tuning on given responses.
+
+    Args:
+        steps: optimiser steps in all; give this or ``epochs``.
+        epochs: passes over the data.
+        batch_size: examples per optimiser step.
+        max_tokens_per_microbatch: tokens held in one forward pass; changes memory and speed only.
+        share_prompt: put responses to one prompt into one row that holds it once, as many as save work.
+        optimiser: learning rate and friends.
+        seed: order of the examples.
+        save_every: steps between checkpoints (0: only at the end).
+        keep_last: how many checkpoints stay on disk.
+    """
+
+    steps: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count = 32
+    max_tokens_per_microbatch: Count = 8192
+    share_prompt: bool = True
+    optimiser: OptimiserConfig = OptimiserConfig(lr=1e-5, schedule="cosine")
+    seed: int = 0
+    save_every: Annotated[int, Field(ge=0)] = 0
+    keep_last: Count = 2
+
+    def free_on_resume(self) -> frozenset[str]:
+        lengths = {"steps", "epochs"} if self.optimiser.schedule == "constant" else set()
+        return super().free_on_resume() | lengths
+
+    def conflicts(self) -> Iterator[str]:
+        if (self.steps is None) == (self.epochs is None):
+            yield "give either steps or epochs"
+        if self.steps is not None and self.optimiser.warmup >= self.steps:
+            yield f"optimiser.warmup ({self.optimiser.warmup}) must be shorter than the run (steps={self.steps})"
+        if self.optimiser.critic_lr is not None:
+            yield "optimiser.critic_lr has no meaning in supervised fine-tuning; remove it"
+
+
+_CRITIC_ONLY = ("gamma", "lam", "value_coef", "value_clip")
+_GROUP_ONLY = ("scale", "skip_zero_variance")
+
+
+class OnlineConfig(Config):
+    """Online reinforcement learning: sample, score, assign, optimise.
+
+    Sampling:
+        algorithm: ``"grpo"`` (advantages relative to the group) or ``"ppo"`` (a critic and GAE).
+        steps: sampling steps of the run.
+        prompts_per_step, group_size: tasks per step and trajectories per task.
+        temperature, top_p, top_k, max_tokens, stop: of each policy turn.
+        max_turns: policy turns before the trajectory is cut (or its final turn asked for).
+        max_observation_tokens: longest environment turn; longer ones are cut on the right.
+        concurrency: most trajectories alive at once (default: all of the step).
+    Update:
+        minibatch_size: trajectories per optimiser step (default: all of the step).
+        epochs: passes over the step's trajectories.
+        max_tokens_per_microbatch: tokens held in one forward pass; changes memory and speed only.
+        share_prompt: put responses to one prompt into one row that holds it once, as many as save work.
+        optimiser: learning rates, schedule, clipping of gradients.
+        old_logprobs: the ratio's denominator: ``"sampled"`` (recorded by the engine) or ``"recomputed"``
+            (one more forward pass by the trainer).
+    Objective:
+        clip_low, clip_high: the ratio is clipped to ``[1 - clip_low, 1 + clip_high]``.
+        aggregation: ``"token"`` (mean over the minibatch's action tokens), ``"sequence"`` (mean over
+            trajectories of their token means), ``"constant"`` (sum over tokens, divided by trajectories times
+            ``aggregation_length``).
+        entropy_coef, entropy_final: entropy bonus, linear from the first to the second over the run.
+        kl_coef, kl_in, kl_kind: penalty towards the reference, in the reward (per token, no gradient of
+            its own) or in the loss, with the k1, k2 or k3 estimator.
+    Advantages:
+        scale: divide group-relative advantages by the group's standard deviation (``"std"``) or not (``"none"``).
+        skip_zero_variance: leave groups whose rewards are all equal out of forward and backward passes.
+        whiten: of the advantages over the step: ``"none"``, ``"action"`` (policy tokens) or ``"response"``
+            (environment tokens included, as released Router-R1 code does).
+        gamma, lam, value_coef, value_clip: of the critic (PPO only).
+        mask_truncated: leave trajectories that were cut off out of the loss and out of the statistics.
+        on_reward_error: what a score that arrives invalid means: ``"raise"``, or ``"drop"`` the trajectory
+            from loss and statistics, counted. A reward's own ``on_error`` comes first.
+    Run:
+        seed, eval_every, save_every, keep_last, early_stop.
+    """
+
+    algorithm: Literal["grpo", "ppo"] = "grpo"
+    steps: Count = 100
+    prompts_per_step: Count = 8
+    group_size: Count = 8
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Count = 256
+    stop: tuple[str, ...] = ()
+    max_turns: Count = 1
+    max_observation_tokens: Count | None = None
+    concurrency: Count | None = None
+
+    minibatch_size: Count | None = None
+    epochs: Count = 1
+    max_tokens_per_microbatch: Count = 8192
+    share_prompt: bool = True
+    optimiser: OptimiserConfig = OptimiserConfig(lr=1e-6)
+    old_logprobs: Literal["sampled", "recomputed"] = "sampled"
+
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clip_high: Positive = 0.2
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    aggregation_length: Count | None = None
+    entropy_coef: NonNegative = 0.0
+    entropy_final: NonNegative | None = None
+    kl_coef: NonNegative = 0.0
+    kl_in: Literal["reward", "loss"] = "loss"
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+
+    scale: Literal["std", "none"] = "std"
+    skip_zero_variance: bool = True
+    whiten: Literal["none", "action", "response"] = "none"
+    gamma: Fraction = 1.0
+    lam: Fraction = 1.0
+    value_coef: Positive = 0.5
+    value_clip: Positive | None = 0.5
+    mask_truncated: bool = False
+    on_reward_error: Literal["raise", "drop"] = "raise"
+
+    seed: int = 0
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    save_every: Annotated[int, Field(ge=0)] = 0
+    keep_last: Count = 2
+    early_stop: EarlyStopConfig | None = None
+
+    @property
+    def trajectories_per_step(self) -> int:
+        """How many trajectories are sampled per step."""
+        return self.prompts_per_step * self.group_size
+
+    def free_on_resume(self) -> frozenset[str]:
+        # A longer run is the same run so far, unless a schedule depends on the length.
+        lengths = {"steps"} if self.optimiser.schedule == "constant" and self.entropy_final is None else set()
+        return super().free_on_resume() | lengths
+
+    def entropy_at(self, step: int) -> float:
+        """Entropy coefficient at ``step`` (from 0)."""
+        if self.entropy_final is None or self.steps == 1:
+            return self.entropy_coef
+        done = min(1.0, step / (self.steps - 1))
+        return self.entropy_coef + (self.entropy_final - self.entropy_coef) * done
+
+    def conflicts(self) -> Iterator[str]:
+        given = self.model_fields_set
+        if self.algorithm == "grpo":
+            for name in _CRITIC_ONLY:
+                if name in given:
+                    yield f"{name} belongs to a critic and algorithm='grpo' has none; remove it or choose 'ppo'"
+            if self.optimiser.critic_lr is not None:
+                yield "optimiser.critic_lr belongs to a critic and algorithm='grpo' has none; remove it or choose 'ppo'"
+            if self.group_size == 1:
+                yield "group_size=1 gives grpo no group to compare with; use at least 2, or algorithm='ppo'"
+        else:
+            for name in _GROUP_ONLY:
+                if name in given:
+                    yield f"{name} belongs to group-relative advantages; remove it or choose algorithm='grpo'"
+        if self.old_logprobs == "sampled" and (self.top_p < 1 or self.top_k > 0):
+            cut = f"top_p={self.top_p}" if self.top_p < 1 else f"top_k={self.top_k}"
+            yield (
+                f"{cut} with old_logprobs='sampled' scales every ratio by the kept probability mass; "
+                "set old_logprobs='recomputed', or keep the whole vocabulary (top_p=1, top_k=0)"
+            )
+        if self.kl_coef == 0:
+            for name in ("kl_in", "kl_kind"):
+                if name in given:
+                    yield f"{name} has no effect with kl_coef=0; set kl_coef or remove {name}"
+        elif self.kl_in == "reward" and self.algorithm == "grpo":
+            yield "kl_in='reward' needs per-token credit, which algorithm='grpo' has not; use kl_in='loss' or 'ppo'"
+        if self.aggregation == "constant" and self.aggregation_length is None:
+            yield "aggregation='constant' needs aggregation_length (tokens), usually the longest response"
+        if self.aggregation != "constant" and self.aggregation_length is not None:
+            yield "aggregation_length is only read with aggregation='constant'; remove it"
+        if self.minibatch_size is not None and self.minibatch_size > self.trajectories_per_step:
+            yield (
+                f"minibatch_size={self.minibatch_size} exceeds the {self.trajectories_per_step} trajectories of a "
+                f"step (prompts_per_step * group_size)"
+            )
+        if self.entropy_final is not None and self.entropy_coef == 0 and self.entropy_final == 0:
+            yield "entropy_final=0 has no effect with entropy_coef=0; remove it"
+        if self.optimiser.warmup >= self.steps:
+            yield f"optimiser.warmup ({self.optimiser.warmup}) must be shorter than the run (steps={self.steps})"
+
+
+def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a mapping from a YAML file and set ``"optimiser.lr=1e-5"``-style overrides in it.
+
+    Values of overrides are read as YAML. Numbers such as ``1e-5`` are numbers (plain YAML 1.1 reads text),
+    and a key given twice is an error.
+
+    Raises:
+        ConfigError: the file is absent, not YAML, or no mapping; an override has no ``=`` or goes
+            through a key that holds no mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from None
+    values = _parse(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping of settings is expected, got {type(values).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {override!r}: write key=value, for example optimiser.lr=1e-5")
+        *above, last = key.strip().split(".")
+        at = values
+        for piece in above:
+            nested = at.setdefault(piece, {})
+            if nested is None:
+                nested = at[piece] = {}
+            if not isinstance(nested, dict):
+                raise ConfigError(f"override {override!r}: {piece!r} in {path} holds {nested!r}, not a mapping")
+            at = nested
+        at[last] = _parse(value, f"override {override!r}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with floats such as 1e-5, and without repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key if isinstance(key, str | int | float | bool) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+
+
+def _problems(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[str, str]]:
+    for item in error.errors():
+        key = ".".join(str(piece) for piece in item["loc"])
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, _Problems):
+            for sub, text in inner.problems:
+                yield ".".join(filter(None, (key, sub))), text
+        elif item["type"] == "extra_forbidden":
+            yield key, f"unknown setting{_suggest(str(item['loc'][-1]), model)}"
+        elif item["type"] == "missing":
+            yield key, "is required"
+        else:
+            message = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            expected = f"must be {message}" if message != item["msg"] else message
+            yield key, f"{expected}, got {_short(item['input'])}"
+
+
+def _suggest(name: str, model: type[BaseModel]) -> str:
+    for section, field in model.model_fields.items():
+        if (
+            isinstance(field.annotation, type)
+            and issubclass(field.annotation, Config)
+            and name in field.annotation.model_fields
+        ):
+            return f"; did you mean {section}.{name}?"
+    return nearest(name, model.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,350 @@
+"""The update: forward passes for what the streams need, then minibatches of optimiser steps over the streams.
+
+Nothing here knows how trajectories were sampled or scored, nor which algorithm made the streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guerdon.training.batching import Microbatch, attention_share, microbatches
+from guerdon.training.config import OnlineConfig
+from guerdon.training.losses import Slice, policy_terms, value_term
+from guerdon.training.optimise import Optimiser, TrainingError, require_finite
+from guerdon.training.streams import Experience, Streams, normalise
+from guerdon.training.timing import Phases
+from guerdon.training.weights import restore_policy, write_policy
+
+if TYPE_CHECKING:
+    from guerdon.policies import Policy
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """Holds what is trained, and moves it by streams.
+
+    Args:
+        policy: trained in place.
+        config: settings of the update.
+        critic: the policy itself (its value head shares the trunk), another policy with a value head, or None.
+        reference: policy that the KL is measured to, or None.
+    """
+
+    def __init__(
+        self, policy: Policy, config: OnlineConfig, *, critic: Policy | None = None, reference: Policy | None = None
+    ) -> None:
+        self.policy = policy
+        self.critic = critic
+        self.reference = reference
+        self._config = config
+        self._shared = critic is policy
+        self._attention = attention_share(policy)
+        sets = {"policy": policy.trainable_parameters()}
+        if self._shared:
+            head = list(policy.value_head.parameters())
+            sets = {"policy": [p for p in sets["policy"] if all(p is not h for h in head)], "critic": head}
+        elif critic is not None:
+            sets["critic"] = critic.trainable_parameters()
+        lr = config.optimiser.critic_lr or config.optimiser.lr
+        self.optimiser = Optimiser(sets, config.optimiser, {"critic": lr})
+
+    # Before the update ------------------------------------------------------------------------------------------------
+
+    def prepare(self, experience: Experience, phases: Phases) -> dict[str, float]:
+        """Fill in the old log-probabilities, the reference's and the values, as far as the settings need them.
+
+        Returns:
+            How far the trainer's log-probabilities are from the sampler's, where they were computed here.
+        """
+        recomputed = self._config.old_logprobs == "recomputed"
+        need = experience.credit if self.critic is not None else experience.action
+        mismatch: dict[str, float] = {}
+        parts: list[Microbatch] = []
+        kept = np.flatnonzero(experience.kept)
+        if (recomputed or self.critic is not None or self.reference is not None) and len(kept):
+            with phases("batching"):
+                parts = self._microbatches(experience, kept, need)
+        if recomputed or self._shared:
+            logprobs, values = self._forward(self.policy, parts, len(need), phases, values=self._shared)
+            action = torch.from_numpy(experience.action)
+            mismatch = _mismatch(logprobs[action] - experience.sampled[action])
+            experience.values = values
+            if recomputed:
+                experience.old = logprobs
+        if self.critic is not None and not self._shared:
+            experience.values = self._forward(self.critic, parts, len(need), phases, values=True)[1]
+        if self.reference is not None:
+            experience.reference = self._forward(self.reference, parts, len(need), phases)[0]
+        if experience.old is None:
+            experience.old = experience.sampled
+        return mismatch
+
+    @torch.no_grad()
+    def _forward(
+        self, policy: Policy, parts: Sequence[Microbatch], n: int, phases: Phases, *, values: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and values of the needed tokens, laid out flat; 0 elsewhere."""
+        from guerdon.policies import token_logprobs
+
+        policy.model.eval()
+        logprobs_N = torch.zeros(n)
+        values_N = torch.zeros(n) if values else None
+        with phases("prepare"):
+            for part in parts:
+                out = token_logprobs(policy, part.batch, temperature=self._config.temperature, values=values)
+                logprobs_N[part.flat] = out.logprobs.float().cpu()
+                if values_N is not None:
+                    values_N[part.flat] = out.values.float().cpu()
+        return logprobs_N, values_N
+
+    def _microbatches(self, experience: Experience, chosen: np.ndarray, need: np.ndarray) -> list[Microbatch]:
+        """Micro-batches of the chosen trajectories, with indices into the step's flat layout."""
+        items = experience.items
+        index = np.concatenate([np.arange(experience.offsets[b], experience.offsets[b + 1]) for b in chosen])
+        parts = microbatches(
+            [items[b] for b in chosen],
+            need[index],
+            groups=experience.group[chosen].tolist(),
+            max_tokens=self._config.max_tokens_per_microbatch,
+            share_prompt=self._config.share_prompt,
+            device=self.policy.device,
+            attention=self._attention,
+        )
+        whole = torch.from_numpy(index)
+        return [replace(part, flat=whole[part.flat]) for part in parts]
+
+    # The update -------------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        experience: Experience,
+        streams: Streams,
+        mismatch: dict[str, float],
+        *,
+        step: int,
+        total: int,
+        phases: Phases,
+    ) -> dict[str, Any]:
+        """Take the optimiser steps of one batch of trajectories.
+
+        Args:
+            experience, streams: of the batch; see :mod:`guerdon.training.streams`.
+            mismatch: what :meth:`prepare` returned; measured in the first minibatch if empty.
+            step, total: position in the run, for schedules, shuffling and messages.
+            phases: where the seconds go.
+
+        Returns:
+            Metrics: losses, KL, clip fraction, gradient norms, mismatch, learning rate.
+
+        Raises:
+            TrainingError: a stream, loss or gradient is not finite; the weights are as before the
+                minibatch that the message names.
+        """
+        config = self._config
+        check_streams(streams, experience, where=f"step {step + 1}")
+        sums: dict[str, float] = {}
+        norms: dict[str, list[float]] = {}
+        steps = skipped = tokens = 0
+        scale = config.optimiser.scale(step, total)
+        entropy_coef = config.entropy_at(step)
+        self.policy.model.eval()
+        for epoch in range(config.epochs):
+            for k, chosen in enumerate(self._minibatches(experience, step, epoch)):
+                where = f"step {step + 1}, epoch {epoch + 1}, minibatch {k + 1}"
+                with phases("batching"):
+                    terms = self._weights(experience, streams, chosen, entropy_coef)
+                    compute = chosen[experience.kept[chosen] & ~streams.skip[chosen]]
+                    need = torch.stack(list(terms.values())).ne(0).any(0).numpy()
+                    parts = self._microbatches(experience, compute, need) if need.any() and len(compute) else []
+                if not parts:
+                    skipped += 1
+                    continue
+                self.optimiser.zero_grad()
+                differences = [
+                    self._backward(part, experience, streams, terms, entropy_coef, sums, where, phases)
+                    for part in parts
+                ]
+                if not mismatch and steps == 0:
+                    # Before the first optimiser step the trainer's weights are the sampler's.
+                    mismatch = _mismatch(torch.cat(differences))
+                with phases("optimiser"):
+                    for name, norm in self.optimiser.step(scale, where=where).items():
+                        norms.setdefault(name, []).append(norm)
+                steps += 1
+                tokens += sum(len(part.flat) for part in parts)
+        row: dict[str, Any] = {key: value / max(steps, 1) for key, value in sums.items() if not key.startswith("n/")}
+        counted = max(sums.get("n/tokens", 0.0), 1.0)
+        row["clip_fraction"] = sums.get("n/clipped", 0.0) / counted
+        row["kl_old"] = sums.get("n/kl_old", 0.0) / counted
+        row |= {f"grad_norm/{name}": float(np.mean(values)) for name, values in norms.items()}
+        row |= {f"mismatch/{name}": value for name, value in mismatch.items()}
+        row |= {
+            "lr": config.optimiser.lr * scale,
+            "entropy_coef": entropy_coef,
+            "update/steps": steps,
+            "update/skipped": skipped,
+            "update/tokens": tokens,
+        }
+        return row
+
+    def _minibatches(self, experience: Experience, step: int, epoch: int) -> list[np.ndarray]:
+        """Trajectories of each optimiser step of one pass: groups stay together, their order is shuffled."""
+        n = len(experience)
+        size = self._config.minibatch_size or n
+        if size >= n:
+            return [np.arange(n)]
+        generator = np.random.default_rng([self._config.seed & 0xFFFFFFFF, step, epoch])
+        rank = generator.permutation(int(experience.group.max()) + 1)
+        order = np.lexsort((generator.random(n), rank[experience.group]))
+        return [order[start : start + size] for start in range(0, n, size)]
+
+    def _weights(
+        self, experience: Experience, streams: Streams, chosen: np.ndarray, entropy_coef: float
+    ) -> dict[str, Tensor]:
+        """Token weights of each active term, normalised over the minibatch; 0 outside it.
+
+        A skipped trajectory is left out of the entropy, KL and value terms and their counts. In the policy
+        term its gradient is zero anyway, so it is only counted.
+        """
+        config = self._config
+        inside = np.zeros(len(experience), dtype=bool)
+        inside[chosen] = True
+        owner = torch.from_numpy(experience.trajectory)
+        member = torch.from_numpy(inside)[owner]
+        computed = torch.from_numpy(inside & ~streams.skip)[owner]
+
+        def weights(stream: Tensor, where: Tensor) -> Tensor:
+            return normalise(stream * where, owner, config.aggregation, config.aggregation_length)
+
+        terms = {"policy": weights(streams.policy, member) * computed}
+        if entropy_coef > 0:
+            terms["entropy"] = weights(streams.entropy, computed)
+        if self.reference is not None and config.kl_in == "loss":
+            terms["kl"] = weights(streams.kl, computed)
+        if streams.value is not None:
+            terms["value"] = weights(streams.value, computed)
+        return terms
+
+    def _backward(
+        self,
+        part: Microbatch,
+        experience: Experience,
+        streams: Streams,
+        terms: Mapping[str, Tensor],
+        entropy_coef: float,
+        sums: dict[str, float],
+        where: str,
+        phases: Phases,
+    ) -> Tensor:
+        """Add one micro-batch's gradient; return trainer minus sampler log-probabilities of its action tokens."""
+        from guerdon.policies import token_logprobs
+
+        config = self._config
+        device = self.policy.device
+        flat = part.flat
+
+        def at(stream: Tensor) -> Tensor:
+            return stream[flat].to(device)
+
+        def maybe(stream: Tensor | None, wanted: bool = True) -> Tensor | None:
+            return at(stream) if wanted and stream is not None else None
+
+        assert experience.old is not None
+        cut = Slice(
+            old=at(experience.old),
+            advantage=at(streams.advantage),
+            sampled=at(experience.sampled),
+            policy=at(terms["policy"]),
+            entropy=maybe(terms.get("entropy")),
+            kl=maybe(terms.get("kl")),
+            value=maybe(terms.get("value")),
+            reference=maybe(experience.reference, "kl" in terms),
+            target=maybe(streams.target),
+            values=maybe(experience.values),
+        )
+        with phases("forward"):
+            out = token_logprobs(
+                self.policy,
+                part.batch,
+                temperature=config.temperature,
+                entropy="entropy" in terms,
+                values=self._shared,
+            )
+            loss, stats = policy_terms(out.logprobs.float(), out.entropy, cut, config, entropy_coef)
+            values = out.values
+            if self.critic is not None and not self._shared:
+                values = token_logprobs(self.critic, part.batch, values=True).values
+            if cut.value is not None and values is not None:
+                value_loss = value_term(values.float(), cut, config)
+                stats["loss/value"] = value_loss.detach()
+                # A separate critic has no weights in common with the policy, so one sum serves both.
+                loss = loss + config.value_coef * value_loss if self._shared else loss + value_loss
+            stats["loss"] = loss.detach()
+            numbers = dict(zip(stats, torch.stack([s.float() for s in stats.values()]).tolist(), strict=True))
+        bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"{where}: {', '.join(bad)} is not finite; this minibatch changed no weight. "
+                "Lower the learning rate or look at the step's rewards and log-probabilities"
+            )
+        for name, value in numbers.items():
+            sums[name] = sums.get(name, 0.0) + value
+        with phases("backward"):
+            loss.backward()
+        learned = cut.policy != 0
+        return (out.logprobs.detach().float() - cut.sampled)[learned].cpu()
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Weights into ``folder``; returns the optimiser's state."""
+        write_policy(self.policy, folder / "policy")
+        if self.critic is not None and not self._shared:
+            write_policy(self.critic, folder / "critic")
+        return {"optimiser": self.optimiser.state_dict()}
+
+    def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`write` wrote."""
+        restore_policy(self.policy, folder / "policy")
+        if self.critic is not None and not self._shared:
+            restore_policy(self.critic, folder / "critic")
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def check_streams(streams: Streams, experience: Experience, *, where: str) -> None:
+    """Refuse to learn from a stream that is not finite, by name, before any weight moves.
+
+    Raises:
+        TrainingError: names the first such stream.
+    """
+    action = torch.from_numpy(experience.action)
+    named = {
+        "sampling log-probability": experience.sampled,
+        "old log-probability": experience.old,
+        "reference log-probability": experience.reference,
+        "value": experience.values,
+        "advantage": streams.advantage,
+        "value target": streams.target,
+        "policy weight": streams.policy,
+        "entropy weight": streams.entropy,
+        "KL weight": streams.kl,
+    }
+    for what, stream in named.items():
+        if stream is not None:
+            require_finite(stream[action], where=where, what=f"the {what} stream", advice="no weight was changed")
+
+
+def _mismatch(difference: Tensor) -> dict[str, float]:
+    """Absolute difference between trainer and sampler log-probabilities: mean and largest."""
+    if not len(difference):
+        return {}
+    size = difference.abs()
+    return {"mean": float(size.mean()), "max": float(size.max())}
