@@ -92,7 +92,7 @@ async def single_call(
     async def one(index: int, task: Task) -> Trajectory:
         pool = pool_for(task, index)
         call = await _ask(pool, task, 0, choose(task.question, pool, _rng(seed, index, 0)), task.question, helper_prompt, max_tokens)
-        return _trajectory(task, [call], read(call.reply.text or "") if call.reply.ok else None)
+        return _trajectory(task, [call], read(call.reply.text or "") if call.reply.ok else None, pool)
 
     return await _gather(one, tasks)
 
@@ -122,7 +122,7 @@ async def oracle(
             return (-right, call.reply.usd)
 
         best = min(calls, key=rank)
-        return _trajectory(task, [best], read(best.reply.text or "") if best.reply.ok else None)
+        return _trajectory(task, [best], read(best.reply.text or "") if best.reply.ok else None, pool)
 
     return await _gather(one, tasks)
 
@@ -163,7 +163,7 @@ async def decomposed(
             calls.append(call)
             answers.append((query, read(call.reply.text or "") if call.reply.ok else ""))
         final = await aggregate(task, answers) if aggregate else (answers[-1][1] if answers else None)
-        return _trajectory(task, calls, final)
+        return _trajectory(task, calls, final, pool)
 
     return await _gather(one, tasks)
 
@@ -176,7 +176,7 @@ async def _ask(
     return CallStep(turn, "", name, query, reply, reply.text or "")
 
 
-def _trajectory(task: Task, calls: Sequence[CallStep], answer: str | None) -> Trajectory:
+def _trajectory(task: Task, calls: Sequence[CallStep], answer: str | None, pool: Pool) -> Trajectory:
     usage = sum(
         (Usage(1, c.reply.input_tokens, c.reply.output_tokens, c.reply.usd, c.reply.latency_s) for c in calls), Usage()
     )
@@ -186,6 +186,8 @@ def _trajectory(task: Task, calls: Sequence[CallStep], answer: str | None) -> Tr
         "valid_routes": sum(c.reply.ok for c in calls),
         "raw_cost": float(sum(c.reply.output_tokens * c.reply.output_price for c in calls)),
         "calls": tuple(calls),
+        "members": tuple(pool),
+        "roster": tuple(pool.values()),
     }
     turns = (Turn("policy", answer or ""),)
     return Trajectory(task, turns, StopReason.DONE, usage=usage, info=info)

@@ -302,4 +302,5 @@ class RoutingEpisode:
             "raw_cost": self.raw_cost,
             "calls": tuple(self.calls),
             "members": tuple(self.pool),
+            "roster": tuple(self.pool.values()),
         }

@@ -600,7 +600,7 @@ class _Call:
 
 class _BreakerOpen(BackendError):
     def __init__(self, name: str, wait: float) -> None:
-        super().__init__(Outcome.BREAKER_OPEN, f"{name!r} failed too often lately; its breaker opens again in {wait:.1f} s", retry_after=wait)
+        super().__init__(Outcome.BREAKER_OPEN, f"{name!r} failed too often lately; it is asked again in {wait:.1f} s at the earliest", retry_after=wait)
 
 
 def _same_model(asked: str, served: str) -> bool:

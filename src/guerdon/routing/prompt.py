@@ -68,7 +68,8 @@ def member_lines(members: Iterable[Member], *, prices: bool = True) -> str:
             if m.latency_s is not None:
                 extras.append(f"about {m.latency_s:g} s")
             extras += [f"{name} {score:g}" for name, score in m.example_scores.items()]
-        lines.append(f"{m.name}: {m.descriptor.strip()}{f' ({'; '.join(extras)})' if extras else ''}")
+        shown = f" ({'; '.join(extras)})" if extras else ""
+        lines.append(f"{m.name}: {m.descriptor.strip()}{shown}")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ _HOME = {
     "load_world": "facts",
     "make_tasks": "questions",
     "parse": "questions",
+    "practice_task": "scripts",
     "read_answer": "specialists",
     "scripted_rollout": "scripts",
     "split_entities": "questions",

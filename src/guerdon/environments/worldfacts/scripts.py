@@ -9,17 +9,17 @@ learnable from the scripts, while the skill itself stays arbitrary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from guerdon.environments.worldfacts.pools import Entry
-from guerdon.environments.worldfacts.questions import Register, sub_question
+from guerdon.environments.worldfacts.questions import Register, phrase, sub_question
 from guerdon.environments.worldfacts.specialists import read_answer
 from guerdon.types import Task
 
-__all__ = ["Segment", "scripted_rollout"]
+__all__ = ["Segment", "practice_task", "scripted_rollout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,24 @@ class Segment:
 
     speaker: Literal["policy", "environment"]
     text: str
+
+
+def practice_task(task: Task, names: Sequence[str], rng: np.random.Generator) -> tuple[Task, Callable[[str, str], str]]:
+    """The same question about arbitrary names, and members that reply with arbitrary names.
+
+    It teaches to copy any name of the vocabulary from question to query and from reply to answer, and no
+    fact: subjects and replies are drawn uniformly and have nothing to do with each other.
+    """
+    chain = tuple(replace(hop, subject=names[int(rng.integers(len(names)))]) for hop in task.meta["chain"])
+    text = phrase(chain, task.meta["register"])
+    scrambled = Task(f"practice/{text}", text, list(task.reference), {**task.meta, "chain": chain})  # type: ignore[arg-type]
+
+    def ask(member: str, query: str) -> str:
+        reply = names[int(rng.integers(len(names)))]
+        filler = " ." * int(rng.integers(0, 8))
+        return f"= {reply}{filler}" if task.meta["register"] == "compact" else f"The answer is {reply}."
+
+    return scrambled, ask
 
 
 def scripted_rollout(
