@@ -40,7 +40,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m guerdon.report.pages docs
+	$(BIN)/python -m guerdon.papers.pages docs
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -30,7 +30,9 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option(help="Show tracebacks of user errors too.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     STATE.debug = debug
 

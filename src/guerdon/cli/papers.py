@@ -43,7 +43,11 @@ def papers_command(
         return
     from guerdon.report.table import plain_table
 
-    print(plain_table(["slug", "step", "verdict", "title"], [[r["slug"], r["step"], r["verdict"], r["title"]] for r in rows]))
+    print(
+        plain_table(
+            ["slug", "step", "verdict", "title"], [[r["slug"], r["step"], r["verdict"], r["title"]] for r in rows]
+        )
+    )
 
 
 @guarded
@@ -78,7 +82,13 @@ def reproduce_command(
         emit(result.to_dict(), as_json=True)
     else:
         rows = [
-            [c.name, f"{c.estimate:+.4f}", f"[{c.ci_low:+.4f}, {c.ci_high:+.4f}]", f"{c.p_value:.4f}", _verdict(c.holds)]
+            [
+                c.name,
+                f"{c.estimate:+.4f}",
+                f"[{c.ci_low:+.4f}, {c.ci_high:+.4f}]",
+                f"{c.p_value:.4f}",
+                _verdict(c.holds),
+            ]
             for c in result.claims
         ]
         print(plain_table(["claim", "estimate", "95% interval", "p", "verdict"], rows))

@@ -21,14 +21,20 @@ StoreOption = Annotated[Path, typer.Option("--keys", help="The key store, an SQL
 def serve_command(
     router: Annotated[
         str,
-        typer.Option(help="What answers: the folder of a trained Router-R1, the file of a saved router, or member:NAME."),
+        typer.Option(
+            help="What answers: the folder of a trained Router-R1, the file of a saved router, member:NAME, or cheapest."
+        ),
     ],
     pool: Annotated[Path, typer.Option(help="The pool: a YAML file.")],
     host: Annotated[str, typer.Option(help="Address to bind; other than loopback only with --keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
-    name: Annotated[str | None, typer.Option(help="Model name of the router; its file's or folder's by default.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name of the router; its file's or folder's by default.")
+    ] = None,
     keys: Annotated[Path | None, typer.Option(help="Key store; without it everybody who can connect may ask.")] = None,
-    max_cost_usd: Annotated[float | None, typer.Option(help="Most USD per request; a request can only lower it.")] = None,
+    max_cost_usd: Annotated[
+        float | None, typer.Option(help="Most USD per request; a request can only lower it.")
+    ] = None,
     max_calls: Annotated[int | None, typer.Option(min=0, help="Most calls of members per request; likewise.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds per request; likewise.")] = None,
     max_body: Annotated[int, typer.Option(help="Largest request body in bytes.")] = 4 * 2**20,
@@ -65,9 +71,15 @@ def serve_command(
 
     def make_app(folder: Path | None = None) -> App:
         from guerdon.routing.pool import Pool
+        from guerdon.routing.pool_yaml import PoolConfig
         from guerdon.serve.routes import load_served
+        from guerdon.serve.tally import TallyLedger
 
-        members = Pool.from_yaml(pool)
+        book = PoolConfig.from_yaml(pool).ledger
+        # A server runs for weeks: sums for ever, single entries in memory only for a while.
+        ledger = TallyLedger(pool.parent / book if book else None, keep=1000, by_trajectory=False)
+        members = Pool.from_yaml(pool, ledger=ledger)
+        members.check()
         store = None if keys is None else KeyStore(keys)
         served = load_served(router, members, name=name, settings=settings)
         return create_app(served, members, store, settings, metrics=Metrics(folder))
@@ -78,7 +90,9 @@ def serve_command(
     url = f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"
 
     def ready() -> None:
-        emit({"url": f"{url}/v1", "workers": workers}, as_json=False, text=f'{{"url": "{url}/v1", "workers": {workers}}}')
+        emit(
+            {"url": f"{url}/v1", "workers": workers}, as_json=False, text=f'{{"url": "{url}/v1", "workers": {workers}}}'
+        )
         progress(f"serving {router} on {url}/v1; Ctrl-C or SIGTERM finishes what is running, then stops")
 
     if app is None:
@@ -130,10 +144,18 @@ def list_command(
         emit([asdict(k) for k in known], as_json=True)
         return
     for k in known:
-        caps = (("today", k.spent_day, k.usd_day), ("month", k.spent_month, k.usd_month), ("ever", k.spent_total, k.usd_total))
-        money = ", ".join(f"{what} ${spent:.4f}" + (f" of ${cap:.2f}" if cap is not None else "") for what, spent, cap in caps)
+        caps = (
+            ("today", k.spent_day, k.usd_day),
+            ("month", k.spent_month, k.usd_month),
+            ("ever", k.spent_total, k.usd_total),
+        )
+        money = ", ".join(
+            f"{what} ${spent:.4f}" + (f" of ${cap:.2f}" if cap is not None else "") for what, spent, cap in caps
+        )
         state = f"revoked {time.strftime('%Y-%m-%d', time.gmtime(k.revoked))}" if k.revoked else "active"
-        print(f"{k.id}  {k.name}  {state}  {money}, {k.calls} requests, {k.rpm or 'any'}/min, {k.tpm or 'any'} tokens/min")
+        print(
+            f"{k.id}  {k.name}  {state}  {money}, {k.calls} requests, {k.rpm or 'any'}/min, {k.tpm or 'any'} tokens/min"
+        )
 
 
 @keys_app.command("revoke")

@@ -21,7 +21,7 @@ from guerdon.papers.evidence import Result
 __all__ = ["Recipe", "find", "load", "recorded", "slugs"]
 
 STEPS = ("sample", "score", "shape", "assign", "optimise", "search", "route", "evaluate")
-_HELPERS = frozenset({"evidence", "recipe"})
+_HELPERS = frozenset({"evidence", "pages", "recipe"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from guerdon.errors import ConfigError, EngineError
+from guerdon.errors import ConfigError, DataError, EngineError
 from guerdon.policies.packing import TokenBatch
+from guerdon.policies.probe import Sharing, check_head, sharing
+from guerdon.policies.tree import attending
 
 if TYPE_CHECKING:
     from guerdon.policies.policy import Policy
 
 __all__ = ["TokenOutputs", "chunked_logprobs", "logits_of", "token_logprobs", "trunk_and_head"]
+
+_CHUNK_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +57,37 @@ def token_logprobs(
 
     Raises:
         ConfigError: temperature is not positive, or values are asked of a policy without value head.
-        EngineError: the model cannot run with a tree mask.
+        DataError: a prompt with its response is longer than the policy's context.
+        EngineError: the model cannot put several responses in one row, or has no plain output head.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive, got {temperature}")
+    if chunk_tokens < 0:
+        raise ConfigError(f"chunk_tokens must be at least 1, or 0 to choose, got {chunk_tokens}")
     if values and policy.value_head is None:
         raise ConfigError(f"policy {policy.name!r} has no value head; load it with value_head=True")
-    trunk, head = trunk_and_head(policy.model)
+    if batch.context > policy.max_context:
+        raise DataError(
+            f"a prompt with its response has {batch.context} tokens, the context of {policy.name!r} {policy.max_context}; "
+            "drop or shorten it"
+        )
+    base = _base(policy.model)
+    _, head = trunk_and_head(policy.model)
     if len(batch) == 0:
         none = torch.zeros(0, device=batch.input_ids.device)
         return TokenOutputs(none, none if entropy else None, none if values else None)
-    hidden = _hidden(policy.model, trunk, batch)
-    states = hidden.reshape(-1, hidden.shape[-1])[batch.source]
+    check_head(base, lambda states: logits_of(base, states), lambda ids: _last(_trunk(base)(input_ids=ids)))
+    way: Sharing = "mask" if batch.tree is None else _way(base, batch)
+    states = _hidden(base, batch, way)[batch.source]
     logprobs, entropies = chunked_logprobs(
-        states, batch.targets, head, temperature=temperature, entropy=entropy, chunk_tokens=chunk_tokens,
-        softcap=getattr(policy.model.config, "final_logit_softcapping", None),
-        scale=_logit_scale(policy.model.config),
+        states,
+        batch.targets,
+        head,
+        temperature=temperature,
+        entropy=entropy,
+        chunk_tokens=chunk_tokens,
+        softcap=_softcap(base.config),
+        scale=_logit_scale(base.config),
     )
     value = policy.value_head(states).float().squeeze(-1) if values and policy.value_head is not None else None
     return TokenOutputs(logprobs, entropies, value)
@@ -95,24 +115,17 @@ def chunked_logprobs(
         chunk_tokens: rows per chunk; 0: about 16 million logits.
 
     Returns:
-        ``[N]`` float32 log-probabilities, and entropies or ``None``.
+        ``[N]`` log-probabilities, and entropies or ``None``; float32, or float64 where the states are.
+        Gradients flow once: they cannot themselves be differentiated.
     """
     vocabulary = int(getattr(head, "out_features", 0)) or 32_768
-    size = chunk_tokens or max(1, (1 << 24) // vocabulary)
+    size = chunk_tokens or max(1, _CHUNK_LOGITS // vocabulary)
 
     def one(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(x).float() * scale
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = _finish(head(x), scale, softcap)
         if temperature != 1.0:
             logits = logits / temperature
-        norm = torch.logsumexp(logits, -1)
-        chosen = logits.gather(-1, y[:, None]).squeeze(-1) - norm
-        if not entropy:
-            return chosen, chosen
-        # H = log Z - E[logit]; -inf logits have probability 0 and must not make 0 * inf.
-        p = (logits - norm[:, None]).exp()
-        return chosen, norm - (p * logits.masked_fill(p == 0, 0.0)).sum(-1)
+        return _Chosen.apply(logits, y, entropy)
 
     recompute = torch.is_grad_enabled() and len(targets) > size
     pieces = []
@@ -123,43 +136,127 @@ def chunked_logprobs(
     return logprobs, torch.cat([p[1] for p in pieces]) if entropy else None
 
 
+class _Chosen(torch.autograd.Function):
+    """Log-softmax at one entry per row, and entropy; ``[N, V]``, ``[N]`` in, two ``[N]`` out.
+
+    With p the softmax, ``d log p_y / dz = e_y - p`` and ``dH / dz = -p (log p + H)``. Written out, both take one
+    pass over the logits each way, where autograd takes a dozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        norm = torch.logsumexp(logits, -1)
+        chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - norm
+        spread = torch.zeros_like(norm)
+        if entropy:
+            p = (logits - norm[:, None]).exp_()
+            # A logit of -inf has probability 0, and 0 * inf must be 0.
+            spread = norm - p.mul_(logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+        ctx.save_for_backward(logits, targets, norm, spread)
+        ctx.entropy = entropy
+        return chosen, spread
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_chosen: Tensor, g_spread: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, norm, spread = ctx.saved_tensors
+        grad = (logits - norm[:, None]).exp_()
+        if ctx.entropy:
+            # -p (g_chosen + g_spread (z - log Z + H))
+            offset = g_chosen + g_spread * (spread - norm)
+            slope = logits.clamp(min=torch.finfo(logits.dtype).min).mul_(g_spread[:, None])
+            grad.mul_(slope.add_(offset[:, None])).neg_()
+        else:
+            grad.mul_(-g_chosen[:, None])
+        return grad.scatter_add_(1, targets[:, None], g_chosen[:, None]), None, None
+
+
 def trunk_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
     """The module that yields hidden states and the one that maps them to logits, through any LoRA wrapper.
 
     Raises:
         EngineError: the model is no causal language model with an output head.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     head = base.get_output_embeddings()
-    trunk = getattr(base, getattr(base, "base_model_prefix", "model"), None)
+    trunk = _trunk(base)
     if head is None or trunk is None or trunk is base:
         raise EngineError(f"{type(base).__name__} has no separate trunk and output head; use a causal language model")
     return trunk, head
 
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
-    """Next-token logits ``[N, vocabulary]``, float32, of hidden states ``[N, hidden]``, as the model itself would give."""
+    """Next-token logits ``[N, vocabulary]``, float32, of hidden states ``[N, hidden]``, as the model would give them."""
     _, head = trunk_and_head(model)
-    logits = head(states).float() * _logit_scale(model.config)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
+    config = _base(model).config
+    return _finish(head(states), _logit_scale(config), _softcap(config))
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _trunk(base: Any) -> Any:
+    return getattr(base, getattr(base, "base_model_prefix", "model"), None)
+
+
+def _last(output: Any) -> Tensor:
+    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+
+def _finish(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if scale != 1.0:
+        logits = logits * scale
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def _hidden(model: Any, trunk: nn.Module, batch: TokenBatch) -> Tensor:
-    mask = batch.attention_mask
-    if mask is not None and getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
-        raise EngineError("a sliding-window model cannot share prompts in one row; use share_prompt=False")
+def _way(base: Any, batch: TokenBatch) -> Sharing:
+    config = base.config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = window or getattr(config, "attention_chunk_size", None)
+    if window and batch.context > window:
+        raise EngineError(
+            f"{type(base).__name__} attends to windows of {window} tokens and cannot share prompts in rows of "
+            f"{batch.context}; use share_prompt=False"
+        )
+    return sharing(base, _hidden)
+
+
+def _hidden(base: Any, batch: TokenBatch, way: Sharing) -> Tensor:
+    """Last hidden states ``[R * T, hidden]``; zero or arbitrary at padding."""
+    trunk = _trunk(base)
+    if batch.tree is None:
+        # Right padding is behind everything that counts, so the model's own causal pass is exact.
+        out = _last(trunk(input_ids=batch.input_ids, use_cache=False))
+        return out.reshape(-1, out.shape[-1])
     dtype = next(trunk.parameters()).dtype
-    if mask is not None:
+    if way == "mask":
+        allowed = batch.attention_mask
+        assert allowed is not None
         # Additive masks are what every attention implementation accepts.
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    out = trunk(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-    )
-    return out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+        out = _last(
+            trunk(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+        )
+        return out.reshape(-1, out.shape[-1])
+    layout = batch.tree.layout(batch.input_ids.device)
+    ids, positions = (x.reshape(-1).index_select(0, layout.tokens)[None] for x in (batch.input_ids, batch.position_ids))
+    with attending(base.config, layout, dtype):
+        out = _last(trunk(input_ids=ids, position_ids=positions, use_cache=False))
+    if layout.calls == 0:
+        raise EngineError(f"{type(base).__name__} does not use the attention functions of transformers")
+    return out[0].index_select(0, layout.compact)
+
+
+def _softcap(config: Any) -> float | None:
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def _logit_scale(config: Any) -> float:
+    config = config.get_text_config()
     if getattr(config, "logits_scaling", None):
         return 1.0 / float(config.logits_scaling)
     return float(getattr(config, "logit_scale", None) or 1.0)

@@ -44,7 +44,8 @@ def add_lora(model: Any, spec: LoraSpec, *, seed: int = 0) -> Any:
 
     targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
     config = LoraConfig(
-        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=spec.r,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type], lora_dropout=spec.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 """Prompts and responses of different lengths, packed for one forward pass.
 
 A row of a batch is a prompt followed by one or several responses to it. Each response sees the prompt
-and itself (a tree mask) and its positions go on from the prompt's end, so every response is computed
-exactly as if it stood alone, while the prompt is computed once.
+and itself (a tree) and its positions go on from the prompt's end, so every response is computed exactly
+as if it stood alone, while the prompt is computed once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guerdon.errors import DataError
+from guerdon.errors import ConfigError, DataError
+from guerdon.policies.tree import Tree
 
 __all__ = ["TokenBatch", "make_batches"]
 
@@ -28,39 +29,54 @@ class TokenBatch:
     Attributes:
         input_ids: ``[R, T]`` token ids, padded on the right.
         position_ids: ``[R, T]`` positions; they restart behind the prompt for every response.
-        attention_mask: ``[R, 1, T, T]`` bool, True where a position may attend; ``None`` where every row
-            is plainly causal (right padding needs no mask, as nothing attends to what follows it).
         source: ``[N]`` flat index into ``R * T`` of the position whose hidden state predicts the token.
         targets: ``[N]`` the response token.
         trajectory: ``[N]`` index of the item it belongs to.
         position: ``[N]`` its position within that item's response.
+        tree: which positions of a row are its prompt and its responses; ``None`` where every row holds one
+            response and is plainly causal.
+        context: tokens of the longest prompt with its response.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor | None
     source: Tensor
     targets: Tensor
     trajectory: Tensor
     position: Tensor
+    tree: Tree | None = None
+    context: int = 0
 
     def __len__(self) -> int:
         """Number of predicted tokens."""
         return int(self.targets.shape[0])
 
     @property
+    def attention_mask(self) -> Tensor | None:
+        """``[R, 1, T, T]`` bool, True where a position may attend; ``None`` where every row is plainly causal.
+
+        Right padding needs no mask: nothing attends to what follows it. The mask is made anew on each access.
+        """
+        if self.tree is None:
+            return None
+        return self.tree.mask(self.input_ids.shape[1]).to(self.input_ids.device)
+
+    @property
     def cells(self) -> int:
-        """Computed positions, padding included."""
+        """Positions, padding included."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        moved = {
-            name: value.to(device)
-            for name in self.__dataclass_fields__
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, **moved)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            source=self.source.to(device),
+            targets=self.targets.to(device),
+            trajectory=self.trajectory.to(device),
+            position=self.position.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +109,10 @@ def make_batches(
 
     Raises:
         DataError: an empty prompt, or ``groups`` of another length.
+        ConfigError: ``max_tokens`` below 1.
     """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
     if groups is not None and len(groups) != len(items):
         raise DataError(f"groups has {len(groups)} entries for {len(items)} items")
     for k, (prompt, _) in enumerate(items):
@@ -135,46 +154,42 @@ def _rows(items: Sequence[Item], groups: Sequence[int] | None, max_tokens: int) 
 def _batch(rows: Sequence[_Row], items: Sequence[Item], pad_id: int) -> TokenBatch:
     width = rows[0].length
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    positions = np.zeros((len(rows), width), dtype=np.int64)
-    # Segment 0 is the prompt, 1, 2, ... the responses, -1 padding.
-    segments = np.full((len(rows), width), -1, dtype=np.int32)
-    source, targets, trajectory, position = [], [], [], []
+    # Counting on through the padding lets a plainly causal row be seen as such, and keeps the fast kernel.
+    positions = np.tile(np.arange(width), (len(rows), 1))
+    responses, source, targets, trajectory, position = [], [], [], [], []
+    context = 0
     for r, row in enumerate(rows):
-        p = len(row.prompt)
+        at = p = len(row.prompt)
         ids[r, :p] = row.prompt
-        positions[r, :p] = np.arange(p)
-        segments[r, :p] = 0
-        at = p
-        for s, k in enumerate(row.members):
+        for k in row.members:
             response = np.asarray(items[k][1], dtype=np.int64)
             n = len(response)
             ids[r, at : at + n] = response
             positions[r, at : at + n] = np.arange(p, p + n)
-            segments[r, at : at + n] = s + 1
+            responses.append((r, at, n))
             # The first response token is predicted by the prompt's last position, whichever response it is.
             source.append(r * width + np.concatenate([[p - 1], np.arange(at, at + n - 1)]))
             targets.append(response)
             trajectory.append(np.full(n, k))
             position.append(np.arange(n))
             at += n
-    mask = None
+            context = max(context, p + n)
+        if len(row.members) > 1:
+            positions[r, at:] = 0
+    tree = None
     if any(len(row.members) > 1 for row in rows):
-        seg = torch.from_numpy(segments)
-        same = seg[:, :, None] == seg[:, None, :]
-        prompt = (seg == 0)[:, None, :]
-        causal = torch.ones(width, width, dtype=torch.bool).tril_()
-        # Padding positions attend to padding before and at themselves, so that no softmax is over nothing.
-        mask = ((same | (prompt & (seg >= 0)[:, :, None])) & causal)[:, None]
+        tree = Tree(np.array([len(row.prompt) for row in rows]), np.array(responses), width)
 
     def flat(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)).long()
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return TokenBatch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
-        mask,
         flat(source),
         flat(targets),
         flat(trajectory),
         flat(position),
+        tree,
+        context,
     )

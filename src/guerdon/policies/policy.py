@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from guerdon.errors import CheckpointError, DataError
@@ -76,17 +78,27 @@ class Policy:
         return hasattr(self.model, "get_base_model")
 
     def render(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant to go on."""
-        ids = self.tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        """Token ids of a conversation, ready for the assistant to go on.
+
+        Raises:
+            DataError: it renders to nothing, or the model's chat template refuses it (an unknown role, ...).
+        """
+        from jinja2 import TemplateError
+
+        clean = [{key: _encodable(value) for key, value in m.items()} for m in messages]
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                clean, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template of {self.name!r} refuses the conversation: {error}") from error
         if not ids:
             raise DataError("the conversation renders to no tokens; give at least one message")
         return list(ids)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, nothing added."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        """Token ids of ``text``, nothing added. Lone surrogates, which no encoding has, count as ``?``."""
+        return list(self.tokenizer.encode(_encodable(text), add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens kept."""
@@ -94,7 +106,10 @@ class Policy:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Strings that the tokenizer turns into special ids (end of message, roles); untrusted text must not hold them."""
+        """Strings that the tokenizer turns into special ids (end of message, roles).
+
+        Untrusted text must not hold them.
+        """
         return tuple(str(t) for t in self.tokenizer.all_special_tokens)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -105,7 +120,7 @@ class Policy:
     def add_value_head(self) -> Policy:
         """Give the policy a zero-initialised value head, and return it."""
         if self.value_head is None:
-            config = self.model.config
+            config = self.model.config.get_text_config()
             hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
             self.value_head = ValueHead(hidden).to(self.device)
         return self
@@ -113,64 +128,76 @@ class Policy:
     def reference(self) -> Policy:
         """A frozen copy of the policy as it is now.
 
-        With adapters it shares the base weights and takes the adapters off for its own forward passes, so
-        it is the base model, not a snapshot of the adapters.
+        With adapters it is the base model, not a snapshot of the adapters: a model of its own without them,
+        whose weights are the very tensors of this one. Nothing is copied, and nothing is switched off and on.
         """
         if self.adapted:
-            model: Any = _WithoutAdapter(self.model)
+            model = copy.deepcopy(self.model, _shared(self.model)).unload()
         else:
             model = copy.deepcopy(self.model)
             model.requires_grad_(False)
-            model.eval()
+        model.eval()
         return Policy(model, self.tokenizer, name=f"{self.name}-reference", max_context=self.max_context)
 
     def merged(self) -> Policy:
-        """A copy whose adapters are folded into the weights."""
+        """A copy whose adapters are folded into the weights; the policy itself where it has none."""
         if not self.adapted:
             return self
         model = copy.deepcopy(self.model).merge_and_unload()
-        return Policy(model, self.tokenizer, name=self.name, value_head=self.value_head, max_context=self.max_context)
+        head = copy.deepcopy(self.value_head)
+        return Policy(model, self.tokenizer, name=self.name, value_head=head, max_context=self.max_context)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write weights (of adapters only, where there are any), tokenizer and value head to ``folder``, atomically.
+        """Write weights, tokenizer and value head to ``folder``, atomically; an older save there is replaced.
+
+        Of a policy with adapters only these are written, next to the name and a fingerprint of the base model;
+        a base that no name leads to is written too.
 
         Raises:
             CheckpointError: it cannot be written (for example: no space left); nothing is left behind.
         """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            with quiet():
-                self.model.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            if self.value_head is not None:
-                from safetensors.torch import save_file
-
-                save_file({k: v.contiguous() for k, v in self.value_head.state_dict().items()}, temporary / "value_head.safetensors")
-            meta = {
-                "format": _FORMAT, "name": self.name, "max_context": self.max_context, "base": self.base,
-                "adapted": self.adapted, "dtype": str(self.dtype).removeprefix("torch."),
-            }
-            (temporary / "guerdon.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-            if target.exists():
-                retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-                os.replace(target, retired / "x")
-                os.replace(temporary, target)
-                shutil.rmtree(retired)
-            else:
-                os.replace(temporary, target)
-        except OSError as error:
+            temporary.mkdir(parents=True)
+            self._write(temporary)
+            _publish(temporary, target)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CheckpointError(f"cannot write the policy to {target}: {reason}") from error
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"cannot write the policy to {target}: {error.strerror or error}") from error
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         return target
 
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        with quiet():
+            self.model.save_pretrained(folder)
+            if self.adapted and self.base is None:
+                base = Policy(copy.deepcopy(self.model, _shared(self.model)).unload(), self.tokenizer, name=self.name)
+                base.model.save_pretrained(folder / "base")
+                self.tokenizer.save_pretrained(folder / "base")
+        self.tokenizer.save_pretrained(folder)
+        if self.value_head is not None:
+            state = {k: v.contiguous() for k, v in self.value_head.state_dict().items()}
+            save_file(state, folder / "value_head.safetensors")
+        meta = {
+            "format": _FORMAT,
+            "name": self.name,
+            "max_context": self.max_context,
+            "adapted": self.adapted,
+            "base": self.base,
+            "base_fingerprint": fingerprint(self.model) if self.adapted else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        (folder / "guerdon.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str = "auto") -> Policy:
-        """Read what :meth:`save` wrote.
+    def load(
+        cls, folder: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str = "auto"
+    ) -> Policy:
+        """Read what :meth:`save` wrote; ``dtype="auto"`` keeps the number format it was saved in.
 
         Raises:
             CheckpointError: the folder is absent, incomplete or corrupt.
@@ -178,6 +205,47 @@ class Policy:
         from guerdon.policies.store import load_saved
 
         return load_saved(cls, Path(folder), device=device, dtype=dtype)
+
+
+def fingerprint(model: Any) -> str:
+    """A short hash of a model's weights without adapters: of every tensor's name, shape and some of its entries."""
+    digest = hashlib.sha256()
+    found = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): p for n, p in model.named_parameters()}
+    for name in sorted(n for n in found if ".lora_" not in n):
+        tensor = found[name].detach().reshape(-1)
+        some = tensor[:: max(1, tensor.numel() // 256)].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(found[name].shape)}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _shared(model: Any) -> dict[int, Any]:
+    """A memo for :func:`copy.deepcopy` with which modules are copied and tensors are not."""
+    return {id(t): t for t in (*model.parameters(), *model.buffers())}
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Put a finished folder in its place; on failure what was there stays."""
+    mode = temporary.stat().st_mode & 0o666
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            # Some writers make private files whatever the umask says.
+            path.chmod(mode)
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    retired = temporary.with_name(temporary.name + ".old")
+    os.replace(target, retired)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(retired, target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 PLAIN_TEMPLATE = (
@@ -198,49 +266,3 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-class _WithoutAdapter(nn.Module):
-    """A peft model seen with its adapters off. Parameters are shared, and frozen in the sense that no
-    gradient is ever asked of this view."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)
-        self.config = model.config
-
-    def parameters(self, recurse: bool = True) -> Any:
-        return self._model.parameters(recurse)
-
-    def get_base_model(self) -> Any:
-        return _BaseView(self._model)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self._model.disable_adapter():
-            return self._model(*args, **kwargs)
-
-
-class _BaseView:
-    """Base model of a peft model whose trunk runs with the adapters disabled."""
-
-    base_model_prefix = "trunk"
-
-    def __init__(self, model: Any) -> None:
-        base = model.get_base_model()
-        self._head = base.get_output_embeddings()
-        self.trunk = _Trunk(model, getattr(base, base.base_model_prefix))
-
-    def get_output_embeddings(self) -> Any:
-        return self._head
-
-
-class _Trunk:
-    def __init__(self, model: Any, trunk: nn.Module) -> None:
-        self._model, self._trunk = model, trunk
-
-    def parameters(self) -> Any:
-        return self._trunk.parameters()
-
-    def __call__(self, **kwargs: Any) -> Any:
-        with torch.no_grad(), self._model.disable_adapter():
-            return self._trunk(**kwargs)

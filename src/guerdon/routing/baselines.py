@@ -91,7 +91,9 @@ async def single_call(
 
     async def one(index: int, task: Task) -> Trajectory:
         pool = pool_for(task, index)
-        call = await _ask(pool, task, 0, choose(task.question, pool, _rng(seed, index, 0)), task.question, helper_prompt, max_tokens)
+        call = await _ask(
+            pool, task, 0, choose(task.question, pool, _rng(seed, index, 0)), task.question, helper_prompt, max_tokens
+        )
         return _trajectory(task, [call], read(call.reply.text or "") if call.reply.ok else None, pool)
 
     return await _gather(one, tasks)
@@ -118,7 +120,9 @@ async def oracle(
 
         def rank(call: CallStep) -> tuple[float, float]:
             answer = read(call.reply.text or "") if call.reply.ok else ""
-            right = match.text(completion=f"<answer>{answer}</answer>", reference=task.reference).value if answer else 0.0
+            right = (
+                match.text(completion=f"<answer>{answer}</answer>", reference=task.reference).value if answer else 0.0
+            )
             return (-right, call.reply.usd)
 
         best = min(calls, key=rank)
@@ -172,7 +176,9 @@ async def _ask(
     pool: Pool, task: Task, turn: int, name: str, query: str, helper_prompt: str | None, max_tokens: int
 ) -> CallStep:
     content = query if helper_prompt is None else helper_prompt.replace("{query}", query)
-    reply: Reply = await pool.call(name, [{"role": "user", "content": content}], max_tokens=max_tokens, trajectory_id=task.id)
+    reply: Reply = await pool.call(
+        name, [{"role": "user", "content": content}], max_tokens=max_tokens, trajectory_id=task.id
+    )
     return CallStep(turn, "", name, query, reply, reply.text or "")
 
 

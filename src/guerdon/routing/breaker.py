@@ -5,41 +5,60 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from guerdon.errors import ConfigError
 
-__all__ = ["Breaker"]
+__all__ = ["Breaker", "BreakerPolicy"]
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerPolicy:
+    """When a breaker opens and how long it stays open.
+
+    Args:
+        window_s: seconds that a result is remembered.
+        min_calls: fewest remembered results that can open it by their failure rate.
+        failure_rate: it opens when more than this share of them failed.
+        consecutive: it also opens after so many failures in a row, however long ago they began.
+        cooldown_s: seconds until a probe passes; doubles each time the probe fails.
+        max_cooldown_s: largest cooldown.
+    """
+
+    window_s: float = 60.0
+    min_calls: int = 5
+    failure_rate: float = 0.5
+    consecutive: int = 10
+    cooldown_s: float = 5.0
+    max_cooldown_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("min_calls", 1), ("consecutive", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.failure_rate <= 1:
+            raise ConfigError(f"failure_rate must be in (0, 1], got {self.failure_rate}")
+        for name in ("window_s", "cooldown_s", "max_cooldown_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 class Breaker:
     """Closed (calls pass), open (they do not), half open (one probe passes after the cooldown).
 
-    It opens when, within the last ``window_s`` seconds, at least ``min_calls`` calls ended and more than
-    ``failure_rate`` of them failed. A probe that succeeds closes it; one that fails opens it again for twice
-    as long, up to ``max_cooldown_s``.
-
     Args:
+        policy: when it opens.
         clock: monotonic seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        window_s: float = 60.0,
-        min_calls: int = 5,
-        failure_rate: float = 0.5,
-        cooldown_s: float = 5.0,
-        max_cooldown_s: float = 120.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        if min_calls < 1 or not 0 < failure_rate <= 1 or cooldown_s <= 0:
-            raise ConfigError("a breaker needs min_calls >= 1, failure_rate in (0, 1] and cooldown_s > 0")
-        self._window, self._min, self._rate = window_s, min_calls, failure_rate
-        self._base, self._max, self._clock = cooldown_s, max_cooldown_s, clock
+    __slots__ = ("_clock", "_cooldown", "_epoch", "_events", "_failed", "_opened", "_policy", "_probing", "_row")
+
+    def __init__(self, policy: BreakerPolicy | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy, self._clock = policy or BreakerPolicy(), clock
         self._events: deque[tuple[float, bool]] = deque()
-        self._failed = 0
+        self._failed = self._row = self._epoch = 0
         self._opened: float | None = None
-        self._cooldown = cooldown_s
+        self._cooldown = self._policy.cooldown_s
         self._probing = False
 
     @property
@@ -54,35 +73,47 @@ class Breaker:
         """Seconds until a probe may pass."""
         return 0.0 if self._opened is None else max(0.0, self._opened + self._cooldown - self._clock())
 
-    def allow(self) -> bool:
-        """Whether a call may be made now; a True in the half-open state is the probe."""
-        state = self.state
-        if state == "closed":
-            return True
-        if state == "half_open" and not self._probing:
-            self._probing = True
-            return True
-        return False
+    def enter(self) -> int | None:
+        """Ask to make a call.
 
-    def record(self, ok: bool) -> None:
-        """Report how an allowed call ended."""
+        Returns:
+            A ticket that must go back through :meth:`record` or :meth:`release`; ``None``: not now.
+        """
+        if self._opened is None:
+            return self._epoch
+        if self._probing or self.state == "open":
+            return None
+        self._probing = True
+        return self._epoch
+
+    def record(self, ticket: int, ok: bool) -> None:
+        """Report how a call ended. One that began before the breaker last changed its state tells nothing new."""
+        if ticket != self._epoch:
+            return
         now = self._clock()
         if self._opened is not None:
+            self._epoch += 1
             self._probing = False
             if ok:
-                self._opened, self._cooldown = None, self._base
+                self._opened, self._cooldown = None, self._policy.cooldown_s
                 self._events.clear()
-                self._failed = 0
+                self._failed = self._row = 0
             else:
-                self._opened, self._cooldown = now, min(self._cooldown * 2, self._max)
+                self._opened, self._cooldown = now, min(self._cooldown * 2, self._policy.max_cooldown_s)
             return
         self._events.append((now, ok))
         self._failed += not ok
-        while self._events and now - self._events[0][0] > self._window:
+        self._row = 0 if ok else self._row + 1
+        while now - self._events[0][0] > self._policy.window_s:
             self._failed -= not self._events.popleft()[1]
-        if len(self._events) >= self._min and self._failed > self._rate * len(self._events):
-            self._opened, self._probing = now, False
+        many = len(self._events) >= self._policy.min_calls
+        if self._row >= self._policy.consecutive or (
+            many and self._failed > self._policy.failure_rate * len(self._events)
+        ):
+            self._opened = now
+            self._epoch += 1
 
-    def release(self) -> None:
-        """Give back an allowed call that ended without telling anything (it was cancelled)."""
-        self._probing = False
+    def release(self, ticket: int) -> None:
+        """Give back the ticket of a call that told nothing about the endpoint (it was cancelled)."""
+        if ticket == self._epoch:
+            self._probing = False

@@ -254,7 +254,12 @@ class RoutingEpisode:
         return Observation(
             text=shown,
             final=self._is_final(),
-            meta={"member": reply.member, "answered_by": reply.answered_by, "outcome": reply.outcome.value, "usd": reply.usd},
+            meta={
+                "member": reply.member,
+                "answered_by": reply.answered_by,
+                "outcome": reply.outcome.value,
+                "usd": reply.usd,
+            },
         )
 
     def _is_final(self) -> bool:

@@ -111,7 +111,11 @@ def measure(
         if (verdict := competence(t, call)) is not None
     ]
     by_hops = {
-        str(h): {"n": int((hops == h).sum()), "em": float(em[hops == h].mean()), "calls": float(routes[hops == h].mean())}
+        str(h): {
+            "n": int((hops == h).sum()),
+            "em": float(em[hops == h].mean()),
+            "calls": float(routes[hops == h].mean()),
+        }
         for h in sorted(set(hops.tolist()))
     }
     return RouterMetrics(
@@ -144,11 +148,24 @@ def _values(reward: Any, trajectories: Sequence[Trajectory]) -> np.ndarray:
 def _text_values(reward: Any, trajectories: Sequence[Trajectory]) -> np.ndarray:
     answers = [(str(t.info.get("answer") or ""), t.task.reference) for t in trajectories]
     return np.array(
-        [reward.text(completion=f"<answer>{a}</answer>" if a else "", reference=r).value for a, r in answers], dtype=float
+        [reward.text(completion=f"<answer>{a}</answer>" if a else "", reference=r).value for a, r in answers],
+        dtype=float,
     )
 
 
-COLUMNS = ("router", "EM", "F1", "USD/1k", "raw cost", "calls", "valid routes", "format errors", "competent", "EM 1-hop", "EM 2-hop")
+COLUMNS = (
+    "router",
+    "EM",
+    "F1",
+    "USD/1k",
+    "raw cost",
+    "calls",
+    "valid routes",
+    "format errors",
+    "competent",
+    "EM 1-hop",
+    "EM 2-hop",
+)
 
 
 def rows_table(rows: Sequence[RouterMetrics]) -> list[list[str]]:

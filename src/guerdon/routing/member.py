@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
-from guerdon.errors import PoolError
+from guerdon.errors import ConfigError, PoolError
 from guerdon.types import Message
 
-__all__ = ["Backend", "BackendError", "Member", "Outcome", "RawReply", "Reply"]
+__all__ = ["Backend", "BackendError", "Charge", "Member", "Outcome", "PoolConfigError", "RawReply", "Reply"]
+
+
+class PoolConfigError(PoolError, ConfigError):
+    """A pool or one of its members is wrongly described; ``problems`` holds one line per mistake."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("; ".join(self.problems))
 
 
 class Outcome(str, Enum):
@@ -56,15 +64,15 @@ class Member:
         size_b: billions of parameters, for the largest-model baseline.
         max_concurrency: most calls at once.
         timeout_s: per attempt.
-        max_tokens: longest reply.
-        temperature, top_p: defaults of a call that names none.
+        max_tokens: token limit of a reply where a call names none.
+        temperature, top_p: likewise.
         fallback: name of the member that is asked when this one fails.
         aliases: further names by which the router may ask for it.
-        served_prices: prices of other models that the endpoint is known to answer with; a reply that names
-            one of them is billed by these.
+        served_prices: (input, output) prices of other models that the endpoint is known to answer with; a reply
+            that names one of them is billed by these.
 
     Raises:
-        PoolError: one of them is not usable, named.
+        PoolConfigError: what is not usable, all of it.
     """
 
     name: str
@@ -85,27 +93,51 @@ class Member:
     served_prices: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for label, name in (("name", self.name), *(("alias", a) for a in self.aliases)):
-            if not isinstance(name, str) or not name.strip():
-                raise PoolError(f"a member's {label} is blank; give it one")
-            if name != name.strip() or any(c in name for c in ":\n\r<>"):
-                raise PoolError(
-                    f"member {label} {name!r} must not hold ':', '<', '>' or line breaks, nor blanks around it: "
-                    "the router writes NAME:QUERY between tags"
-                )
+        object.__setattr__(self, "aliases", tuple(self.aliases))
+        problems = list(self._problems())
+        if problems:
+            raise PoolConfigError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        yield from _name_problems("name", self.name)
+        for alias in self.aliases:
+            yield from _name_problems("alias", alias)
+        me = f"member {self.name!r}"
         for which in ("input_price", "output_price"):
             price = getattr(self, which)
-            if not isinstance(price, int | float) or isinstance(price, bool) or math.isnan(price):
-                raise PoolError(f"member {self.name!r} has no {which}; give USD per million tokens (0 if it is free)")
-            if not (math.isfinite(price) and price >= 0):
-                raise PoolError(f"member {self.name!r} has {which}={price}; it must be a finite number >= 0")
-        for which, least in (("max_concurrency", 1), ("max_tokens", 1)):
-            if getattr(self, which) < least:
-                raise PoolError(f"member {self.name!r} has {which}={getattr(self, which)}; it must be at least {least}")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise PoolError(f"member {self.name!r} has timeout_s={self.timeout_s}; it must be positive")
+            if not _number(price) or math.isnan(price):
+                yield f"{me} has no {which}; give USD per million tokens (0 if it is free)"
+            elif not 0 <= price < math.inf:
+                yield f"{me} has {which}={price}; it must be a finite number >= 0"
+        for model, prices in self.served_prices.items():
+            if len(prices) != 2 or not all(_number(p) and 0 <= p < math.inf for p in prices):
+                yield f"{me} has served_prices {model!r}={prices}; give two finite numbers >= 0, input and output"
+        for which in ("max_concurrency", "max_tokens"):
+            count = getattr(self, which)
+            if not isinstance(count, int) or count < 1:
+                yield f"{me} has {which}={count!r}; it must be a whole number of at least 1"
+        if not (_number(self.timeout_s) and 0 < self.timeout_s < math.inf):
+            yield f"{me} has timeout_s={self.timeout_s}; it must be a positive number of seconds"
+        if not (_number(self.temperature) and 0 <= self.temperature < math.inf):
+            yield f"{me} has temperature={self.temperature}; it must be >= 0"
+        if not (_number(self.top_p) and 0 < self.top_p <= 1):
+            yield f"{me} has top_p={self.top_p}; it must be in (0, 1]"
         if self.fallback == self.name:
-            raise PoolError(f"member {self.name!r} cannot fall back to itself")
+            yield f"{me} cannot fall back to itself"
+
+
+def _name_problems(label: str, name: Any) -> Iterator[str]:
+    if not isinstance(name, str) or not name.strip():
+        yield f"a member's {label} is blank; give it one"
+    elif name != name.strip() or not name.isprintable() or any(c in name for c in ":<>"):
+        yield (
+            f"member {label} {name!r} must not hold ':', '<', '>' or line breaks, nor blanks around it: "
+            "the router writes NAME:QUERY between tags"
+        )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +151,16 @@ class RawReply:
     finish_reason: str | None = None
 
 
+class Charge(NamedTuple):
+    """What one member is paid for its part in a call."""
+
+    member: str
+    model: str | None
+    input_tokens: int
+    output_tokens: int
+    nano_usd: int
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One finished call, failed or not.
@@ -128,10 +170,10 @@ class Reply:
         answered_by: the member whose reply this is; another one after a fallback.
         model: what the endpoint said it was.
         text: the reply; ``None`` on failure.
-        input_tokens, output_tokens: billed tokens of all attempts.
+        input_tokens, output_tokens: tokens of all billed attempts, and of a cached reply.
         usage_estimated: True where the endpoint reported none and they were counted by us.
-        usd: what the call cost, fallback included; 0 from the cache.
-        input_price, output_price, price_date: the prices that were applied.
+        usd: what the call cost, fallback included, in whole billionths; a reply from the cache is free.
+        input_price, output_price, price_date: prices of what answered.
         latency_s: from the first attempt to the end, waits included.
         attempts: requests that were sent.
         cached: it came from the reply cache.
@@ -140,6 +182,7 @@ class Reply:
         retry_after: seconds for which the endpoint asked to be left alone.
         finish_reason: the endpoint's own word.
         model_mismatch: the endpoint answered with another model than was asked for.
+        charges: who was paid what, where that is more than one member or price; empty otherwise.
     """
 
     member: str
@@ -161,6 +204,7 @@ class Reply:
     retry_after: float | None = None
     finish_reason: str | None = None
     model_mismatch: bool = False
+    charges: tuple[Charge, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -175,7 +219,7 @@ class BackendError(Exception):
         outcome: how.
         message: one line without secrets.
         retry_after: seconds, where the endpoint said so.
-        billed: usage that the endpoint reported all the same.
+        billed: what must be paid all the same; counts that are ``None`` are estimated.
     """
 
     def __init__(
@@ -189,12 +233,19 @@ class Backend(Protocol):
     """A way to ask one model. Implementations raise :class:`BackendError`; retries are the pool's business.
 
     Attributes:
-        identity: what a cached reply depends on besides the request (base URL and model, or a version).
+        identity: what a cached reply depends on besides the request (base URL and model, or a version);
+            ``None`` where that cannot be told, and replies are not cached then.
         model: the model asked for, where the endpoint reports one.
+        bills_failures: whether an attempt that failed may be billed all the same.
     """
 
-    identity: str
+    identity: str | None
     model: str | None
+    bills_failures: bool
+
+    def check(self) -> None:
+        """Raise :class:`~guerdon.errors.PoolError` where something that a call needs is missing."""
+        ...
 
     async def complete(
         self,
@@ -204,7 +255,7 @@ class Backend(Protocol):
         temperature: float,
         top_p: float,
         seed: int | None,
-        timeout: float,
+        timeout: float,  # noqa: ASYNC109 - each backend has its own way to stop
     ) -> RawReply:
         """One attempt."""
         ...
@@ -218,7 +269,7 @@ class Backend(Protocol):
         top_p: float,
         seed: int | None,
         timeout: float,
-    ) -> AsyncIterator[str | RawReply]:
+    ) -> AsyncGenerator[str | RawReply, None]:
         """One attempt, in pieces of text followed by a :class:`RawReply` with the usage."""
         ...
 

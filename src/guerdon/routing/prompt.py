@@ -73,7 +73,9 @@ def member_lines(members: Iterable[Member], *, prices: bool = True) -> str:
     return "\n".join(lines)
 
 
-def router_prompt(question: str, members: Iterable[Member], *, prices: bool = True, budget_usd: float | None = None) -> str:
+def router_prompt(
+    question: str, members: Iterable[Member], *, prices: bool = True, budget_usd: float | None = None
+) -> str:
     """The full user message for one question and one pool.
 
     Args:
@@ -83,7 +85,11 @@ def router_prompt(question: str, members: Iterable[Member], *, prices: bool = Tr
         budget_usd: the money cap of this question; ``None`` leaves the sentence out.
     """
     pool = list(members)
-    budget = "" if budget_usd is None else f"\nYou may spend at most ${budget_usd:.6f} on calls; each reply tells what is left.\n"
+    budget = (
+        ""
+        if budget_usd is None
+        else f"\nYou may spend at most ${budget_usd:.6f} on calls; each reply tells what is left.\n"
+    )
     return _ROUTER_PROMPT.format(
         names=", ".join(m.name for m in pool),
         members=member_lines(pool, prices=prices),

@@ -5,48 +5,70 @@ The trace on the screen, the report, the server's extension field and replay all
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from guerdon.errors import DataError
-from guerdon.rewards import ExactMatch, TokenF1
-from guerdon.types import Trajectory, policy_text
+from guerdon.rewards import ExactMatch, Reward, TokenF1
+from guerdon.routing.lines import LineWriter, read_lines
+from guerdon.types import Trajectory, Turn, policy_text
 
 __all__ = ["SCHEMA", "RouteRecord", "RouteStep", "append_records", "read_records", "record_of", "trace_lines"]
 
 SCHEMA = "guerdon.route/1"
+"""Name and version of the format. A newer minor version (``/1.2``) only adds fields; readers keep those."""
+
+log = logging.getLogger("guerdon.record")
 
 
 class RouteStep(BaseModel):
     """One route action.
 
-    ``propensity`` is the probability with which the policy wrote the member's name, ``None`` where its tokens
-    are unknown. ``usd`` is what was paid, ``input_price`` and ``output_price`` are USD per million tokens.
+    Attributes:
+        round: which policy turn asked, from 0.
+        thought: the policy's last thought before it.
+        asked: the name as the policy wrote it.
+        member: who was asked; another spelling of ``asked``, or the same where nobody has that name.
+        answered_by: whose reply it is; another member after a fallback.
+        model: what the endpoint said it was; ``model_mismatch`` where that is not what was asked for.
+        query: what was asked.
+        reply: what came back; ``None`` on failure.
+        shown: what the policy saw of it.
+        input_tokens, output_tokens: billed tokens; ``usage_estimated`` where the endpoint did not count them.
+        usd: what was paid.
+        input_price, output_price, price_date: USD per million tokens, and as of when.
+        latency_s, attempts, cached, outcome, error: as in :class:`~guerdon.routing.member.Reply`.
+        propensity: probability with which the policy wrote the member's name: the product over the tokens that
+            overlap it. ``None`` where its tokens or their log-probabilities are unknown.
     """
 
     model_config = ConfigDict(extra="allow")
 
     round: int
     thought: str = ""
+    asked: str = ""
     member: str
     answered_by: str
     model: str | None = None
+    model_mismatch: bool = False
     query: str
     reply: str | None
     shown: str = ""
     input_tokens: int = 0
     output_tokens: int = 0
+    usage_estimated: bool = False
     usd: float = 0.0
     input_price: float = 0.0
     output_price: float = 0.0
     price_date: str | None = None
     latency_s: float = 0.0
+    attempts: int = 0
     outcome: str = "ok"
     error: str | None = None
     cached: bool = False
@@ -54,16 +76,34 @@ class RouteStep(BaseModel):
 
 
 class RouteRecord(BaseModel):
-    """One trajectory. Unknown fields of a newer minor version are kept."""
+    """One trajectory. Unknown fields of a newer minor version are kept.
+
+    Attributes:
+        schema_: ``schema`` in the file; see :data:`SCHEMA`.
+        task_id, question, golds: the task; ``golds`` is ``None`` where none are known.
+        pool: fingerprint of the pool; see :meth:`guerdon.routing.pool.Pool.fingerprint`.
+        version: the user's own name for this state of pool and prompts.
+        parameters: how members were asked (token limit, temperature, wrapper prompt, ...).
+        members: descriptor and prices of each member, as the policy saw them.
+        steps: route actions in order.
+        answer, em, f1: the final answer and its scores against ``golds``.
+        stop, error: why it ended.
+        calls, usd, raw_cost, pool_input_tokens, pool_output_tokens: totals over the pool.
+        policy_input_tokens, policy_output_tokens, policy_seconds: the router's own use.
+        transcript: text of all turns.
+    """
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
-    format: str = SCHEMA
+    schema_: str = Field(SCHEMA, alias="schema")
     task_id: str
     question: str
     golds: list[str] | None = None
-    members: dict[str, dict[str, Any]] = {}
-    steps: list[RouteStep] = []
+    pool: str | None = None
+    version: str = ""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    members: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    steps: list[RouteStep] = Field(default_factory=list)
     last_thought: str = ""
     answer: str | None = None
     em: float | None = None
@@ -80,9 +120,28 @@ class RouteRecord(BaseModel):
     policy_seconds: float = 0.0
     transcript: str = ""
 
+    @model_serializer(mode="wrap")
+    def _named(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out = handler(self)
+        name = out.pop("schema_") if "schema_" in out else out.pop("schema")
+        return {"schema": name, **out}
 
-def record_of(trajectory: Trajectory, *, transcript: bool = True) -> RouteRecord:
-    """The record of a trajectory that a routing environment (or a baseline) made."""
+
+def record_of(
+    trajectory: Trajectory,
+    *,
+    transcript: bool = True,
+    pool: str | None = None,
+    version: str = "",
+    parameters: Mapping[str, Any] | None = None,
+) -> RouteRecord:
+    """The record of a trajectory that a routing environment (or a baseline) made.
+
+    Args:
+        trajectory: with ``info`` as :class:`~guerdon.routing.env.RoutingEpisode` reports it.
+        transcript: keep the text of all turns.
+        pool, version, parameters: see :class:`RouteRecord`.
+    """
     info = trajectory.info
     turns = [t for t in trajectory.turns if t.speaker == "policy"]
     steps = []
@@ -92,19 +151,23 @@ def record_of(trajectory: Trajectory, *, transcript: bool = True) -> RouteRecord
             RouteStep(
                 round=call.round,
                 thought=call.thought,
+                asked=call.asked,
                 member=reply.member,
                 answered_by=reply.answered_by,
                 model=reply.model,
+                model_mismatch=reply.model_mismatch,
                 query=call.query,
                 reply=reply.text,
                 shown=call.shown.strip(),
                 input_tokens=reply.input_tokens,
                 output_tokens=reply.output_tokens,
+                usage_estimated=reply.usage_estimated,
                 usd=reply.usd,
                 input_price=reply.input_price,
                 output_price=reply.output_price,
                 price_date=reply.price_date,
                 latency_s=reply.latency_s,
+                attempts=reply.attempts,
                 outcome=reply.outcome.value,
                 error=reply.error,
                 cached=reply.cached,
@@ -117,6 +180,9 @@ def record_of(trajectory: Trajectory, *, transcript: bool = True) -> RouteRecord
         task_id=trajectory.task.id,
         question=trajectory.task.question,
         golds=[str(g) for g in ([golds] if isinstance(golds, str) else golds)] if known else None,
+        pool=pool,
+        version=version,
+        parameters=dict(parameters or {}),
         members={
             m.name: {"descriptor": m.descriptor, "input_price": m.input_price, "output_price": m.output_price}
             for m in info.get("roster", ())
@@ -124,8 +190,8 @@ def record_of(trajectory: Trajectory, *, transcript: bool = True) -> RouteRecord
         steps=steps,
         last_thought=_last_thought(policy_text(trajectory)),
         answer=info.get("answer"),
-        em=ExactMatch()([trajectory])[0].value if known else None,
-        f1=TokenF1()([trajectory])[0].value if known else None,
+        em=_score(ExactMatch(), trajectory) if known else None,
+        f1=_score(TokenF1(), trajectory) if known else None,
         stop=trajectory.stop.value,
         error=info.get("error"),
         calls=int(info.get("routes", 0)),
@@ -140,12 +206,20 @@ def record_of(trajectory: Trajectory, *, transcript: bool = True) -> RouteRecord
     )
 
 
+def _score(reward: Reward, trajectory: Trajectory) -> float:
+    answer = trajectory.info.get("answer")
+    if answer is not None and "<answer>" not in policy_text(trajectory):
+        # A baseline writes no tags.
+        return reward.text(completion=f"<answer>{answer}</answer>", reference=trajectory.task.reference).value
+    return reward([trajectory])[0].value
+
+
 def _last_thought(text: str) -> str:
     start = text.rfind("<think>")
     return "" if start < 0 else text[start + 7 :].partition("</think>")[0].strip()
 
 
-def _propensity(turn: Any, name: str) -> float | None:
+def _propensity(turn: Turn, name: str) -> float | None:
     """Probability of the tokens that overlap the name in its search block."""
     if turn.logprobs is None or turn.token_ends is None:
         return None
@@ -160,43 +234,47 @@ def _propensity(turn: Any, name: str) -> float | None:
     return math.exp(total)
 
 
-def append_records(path: str | os.PathLike[str], records: list[RouteRecord]) -> None:
-    """Append records, one line each, in one write."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(r.model_dump_json() + "\n" for r in records)
-    with target.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+def append_records(path: str | os.PathLike[str], records: Iterable[RouteRecord]) -> None:
+    """Append records, each as one line in one write.
+
+    Raises:
+        DataError: not all could be written, for example because no space is left; those before are whole.
+    """
+    try:
+        writer = LineWriter(path)
+        try:
+            for record in records:
+                writer.write(record.model_dump_json().encode() + b"\n")
+        finally:
+            writer.close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+_FORMAT = re.compile(r"guerdon\.route/1(\.\d+)?")
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[RouteRecord]:
-    """Read records back; a torn last line (a crash while writing) is left out.
+    """Read records back; lines that a crash tore off are left out, and counted in a warning.
 
     Raises:
-        DataError: another schema, or a whole line that is no record; the line is named.
+        DataError: the file is absent, holds another schema, or a whole line is no record; the line is named.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    torn = []
+    for number, raw in read_lines(path):
+        if raw is None:
+            torn.append(number)
             continue
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                return
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-        schema = raw.get("format", "") if isinstance(raw, dict) else ""
-        if str(schema).partition(".")[0] + "." != "guerdon." or str(schema).split("/")[-1].split(".")[0] != "1":
-            raise DataError(f"{path}, line {number}: schema {schema!r} is not {SCHEMA}")
+        schema = raw.get("schema")
+        if not isinstance(schema, str) or _FORMAT.fullmatch(schema) is None:
+            raise DataError(f"{path}, line {number}: schema {schema!r} cannot be read; this version reads {SCHEMA}")
         try:
             yield RouteRecord(**raw)
         except ValidationError as error:
             first = error.errors()[0]
             raise DataError(f"{path}, line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if torn:
+        log.warning("%s: %d torn lines left out, the first is line %d", path, len(torn), torn[0])
 
 
 def trace_lines(record: RouteRecord) -> list[str]:
@@ -209,9 +287,13 @@ def trace_lines(record: RouteRecord) -> list[str]:
         out.append(f"ask       {step.member}: {step.query}{chance}")
         said = step.reply if step.outcome == "ok" else f"[{step.outcome}] {step.error or ''}"
         by = "" if step.answered_by == step.member else f" by {step.answered_by}"
-        out.append(f"reply     {said}{by}  ({step.output_tokens} tokens, ${step.usd:.8f}, {step.latency_s * 1000:.0f} ms)")
+        out.append(
+            f"reply     {said}{by}  ({step.output_tokens} tokens, ${step.usd:.8f}, {step.latency_s * 1000:.0f} ms)"
+        )
     if record.last_thought:
         out.append(f"think     {record.last_thought}")
     out.append(f"answer    {record.answer if record.answer is not None else f'none ({record.stop})'}")
-    out.append(f"cost      ${record.usd:.8f} for {record.calls} calls; {record.policy_output_tokens} tokens of the router itself")
+    out.append(
+        f"cost      ${record.usd:.8f} for {record.calls} calls; {record.policy_output_tokens} tokens of the router itself"
+    )
     return out

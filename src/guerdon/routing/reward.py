@@ -76,7 +76,9 @@ class HierarchicalReward(Reward):
             gate_wrong=self.gate_wrong,
         ).tolist()
         return [
-            bad if bad is not None else Score(r, parts={"format": g.value, "outcome": o.value, "cost": c, "raw_cost": u})
+            bad
+            if bad is not None
+            else Score(r, parts={"format": g.value, "outcome": o.value, "cost": c, "raw_cost": u})
             for bad, r, g, o, c, u in zip(invalid, total, gate, outcome, cost, raw, strict=True)
         ]
 

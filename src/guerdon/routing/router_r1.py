@@ -88,7 +88,12 @@ class RouterR1:
     """
 
     def __init__(
-        self, policy: Policy, pool: Pool | None = None, *, settings: RouterSettings | None = None, engine: Engine | None = None
+        self,
+        policy: Policy,
+        pool: Pool | None = None,
+        *,
+        settings: RouterSettings | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.policy, self.pool = policy, pool
         self.settings = settings or RouterSettings()
@@ -110,13 +115,17 @@ class RouterR1:
         }
         return RoutingEnv(**(base | options))
 
-    async def play(self, env: RoutingEnv, tasks: Sequence[Task], *, seed: int = 0, temperature: float | None = None, **options: Any) -> list[Trajectory]:
+    async def play(
+        self, env: RoutingEnv, tasks: Sequence[Task], *, seed: int = 0, temperature: float | None = None, **options: Any
+    ) -> list[Trajectory]:
         """One trajectory per task."""
         s = self.settings
         groups = await env.rollout(
             self.engine,
             tasks,
-            sampling=Sampling(max_tokens=s.max_turn_tokens, temperature=s.temperature if temperature is None else temperature),
+            sampling=Sampling(
+                max_tokens=s.max_turn_tokens, temperature=s.temperature if temperature is None else temperature
+            ),
             max_observation_tokens=s.max_observation_tokens,
             close_observation=True,
             seed=seed,
@@ -191,12 +200,16 @@ class RouterR1:
         if not (base / _FILE).is_file() and (base / "router" / _FILE).is_file():
             base = base / "router"
         if not (base / _FILE).is_file():
-            raise CheckpointError(f"{folder} holds no trained router ({_FILE} is missing); give a folder that guerdon route train wrote")
+            raise CheckpointError(
+                f"{folder} holds no trained router ({_FILE} is missing); give a folder that guerdon route train wrote"
+            )
         try:
             raw = json.loads((base / _FILE).read_text(encoding="utf-8"))
             settings = RouterSettings(**raw["settings"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{base / _FILE} is not a router's settings ({type(error).__name__}: {error})") from error
+            raise CheckpointError(
+                f"{base / _FILE} is not a router's settings ({type(error).__name__}: {error})"
+            ) from error
         return cls(load_policy(base / "policy", device=device), pool, settings=settings)
 
     async def aclose(self) -> None:
@@ -277,13 +290,22 @@ def router_r1_train(
     config = config.model_copy(update={"stop": stops, "max_turns": env.max_turns + 1})
     if config.algorithm == "ppo" and "critic" not in options:
         options["critic"] = "shared"
-    trainer = OnlineTrainer(policy, engine or TransformersEngine(policy), replace(env), data, reward, config, out=out, **options)
+    trainer = OnlineTrainer(
+        policy, engine or TransformersEngine(policy), replace(env), data, reward, config, out=out, **options
+    )
     trainer.fit()
     return trainer
 
 
 async def evaluate_router(
-    router: RouterR1, env: RoutingEnv, data: Sequence[Task], *, name: str = "router-r1", competence: Competence | None = None, seed: int = 0, temperature: float | None = None
+    router: RouterR1,
+    env: RoutingEnv,
+    data: Sequence[Task],
+    *,
+    name: str = "router-r1",
+    competence: Competence | None = None,
+    seed: int = 0,
+    temperature: float | None = None,
 ) -> tuple[RouterMetrics, list[RouteRecord]]:
     """Measure a router on questions with gold answers.
 

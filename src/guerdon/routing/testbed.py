@@ -111,7 +111,9 @@ class WorldFactsTestbed:
                         size_b=100.0 if is_generalist(e.skill) else 3.0 * len(e.skill.domains),
                         max_concurrency=10_000,
                     ),
-                    CallableBackend(Specialist(e.skill, self.world, self.register, self.seed), identity=f"specialist:{e.skill}"),
+                    CallableBackend(
+                        Specialist(e.skill, self.world, self.register, self.seed), identity=f"specialist:{e.skill}"
+                    ),
                 )
                 for e in entries
             ],
@@ -155,7 +157,9 @@ class WorldFactsTestbed:
             raise ConfigError(f"the warm start needs at least one scripted rollout, got {n}")
         rng = np.random.default_rng([self.seed, seed, 7])
         by_hops = [self.tasks("train", hops=(h,)) for h in (1, 2)]
-        names = sorted({name for f in self.world.facts if f.domain in self.domains for name in (f.subject, f.objects[0])})
+        names = sorted(
+            {name for f in self.world.facts if f.domain in self.domains for name in (f.subject, f.objects[0])}
+        )
         out: list[Trajectory] = []
         env = self.env()
         while len(out) < n:

@@ -2,8 +2,10 @@
 
 The script asks a uniformly random member each time and stops after a random number of calls, so the
 warm start teaches the protocol and nothing about whom to ask or when to stop. The thought before a
-call names one skill of the member that is about to be asked; that makes "name whoever has this skill"
-learnable from the scripts, while the skill itself stays arbitrary.
+call names the skill that the question needs, as any language model would know it, and then a skill of the
+member that is about to be asked: the needed one where that member happens to have it, else any. So "what
+is needed" and "who has this skill" are learnable from the scripts, while most of the members that are asked
+lack the skill; that one should ask those who have it is left for reinforcement learning to find out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import numpy as np
 
 from guerdon.environments.worldfacts.pools import Entry
 from guerdon.environments.worldfacts.questions import Register, phrase, sub_question
-from guerdon.environments.worldfacts.specialists import read_answer
+from guerdon.environments.worldfacts.specialists import informative, read_answer
+from guerdon.errors import ConfigError
 from guerdon.types import Task
 
 __all__ = ["Segment", "practice_task", "scripted_rollout"]
@@ -56,39 +59,53 @@ def scripted_rollout(
     *,
     wrap: Callable[[str], str],
     max_calls: int = 3,
+    min_calls: int = 1,
+    guesses: Sequence[str] = ("unknown",),
 ) -> list[Segment]:
     """Write one rollout.
 
     Calls follow the question's chain, each with the answer read from the reply before it; calls beyond
-    the chain repeat its last question. The final answer is the last reply's.
+    the chain repeat its last question. The final answer is that of the last reply that holds one.
 
     Args:
         task: from :func:`~guerdon.environments.worldfacts.questions.make_tasks`.
         pool: members on offer.
         ask: ``ask(name, query)`` returns a member's reply.
-        rng: chooses members, thoughts and the number of calls (uniform in 1 .. ``max_calls``).
+        rng: chooses members, thoughts, guesses and the number of calls (uniform in ``min_calls`` .. ``max_calls``).
         wrap: turns a reply into the observation that the environment would show.
-        max_calls: most calls.
+        max_calls, min_calls: most and least calls.
+        guesses: one of them is the answer where no reply holds any.
 
     Returns:
         Segments; policy segments together are valid under the format reward.
+
+    Raises:
+        ConfigError: an empty pool, no guess, or not 0 <= ``min_calls`` <= ``max_calls``.
     """
+    if not pool or not guesses:
+        raise ConfigError("a scripted rollout needs at least one pool member and one guess")
+    if not 0 <= min_calls <= max_calls:
+        raise ConfigError(f"min_calls and max_calls must be 0 <= min <= max, got {min_calls} and {max_calls}")
     register: Register = task.meta["register"]
     chain = task.meta["chain"]
     segments: list[Segment] = []
-    subject, answer, query = chain[0].subject, "", ""
-    for k in range(int(rng.integers(1, max_calls + 1))):
+    subject, query, answer = chain[0].subject, "", None
+    for k in range(int(rng.integers(min_calls, max_calls + 1))):
         if k < len(chain):
             query = sub_question(chain[k].relation, subject, register)
         member = pool[int(rng.integers(len(pool)))]
-        skill = member.skill.domains[int(rng.integers(len(member.skill.domains)))]
-        thought = f"need {skill}" if register == "compact" else f"I need a model that knows {skill}."
+        needed = chain[min(k, len(chain) - 1)].domain
+        known = member.skill.domains
+        skill = needed if needed in known else known[int(rng.integers(len(known)))]
+        compact = f"need {needed} ; try {skill}"
+        thought = compact if register == "compact" else f"This is about {needed}. I try a model that knows {skill}."
         segments.append(Segment("policy", f"<think> {thought} </think><search> {member.name} : {query} </search>"))
         reply = ask(member.name, query)
         segments.append(Segment("environment", wrap(reply)))
-        answer = read_answer(reply)
-        if k < len(chain) - 1:
-            subject = answer
+        if informative(reply):
+            answer = subject = read_answer(reply)
+    if answer is None:
+        answer = guesses[int(rng.integers(len(guesses)))]
     done = "done" if register == "compact" else "I have what I need."
     segments.append(Segment("policy", f"<think> {done} </think><answer> {answer} </answer>"))
     return segments

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from guerdon.environments.worldfacts.facts import DOMAINS, RELATIONS, World
+from collections.abc import Sequence
+
+from guerdon.environments.worldfacts.facts import BASIC_RELATIONS, DOMAINS, World
 from guerdon.environments.worldfacts.pools import FIRST, SECOND
 
 __all__ = ["vocabulary"]
 
-_GLUE = (" of", " :", " ,", " ;", " $", " .", " need", " done", " unknown", "=", "-", "\n\n", "Question:", "?")
+_GLUE = (" of", " :", " ,", " ;", " $", " .", " need", " try", " done", " unknown", "=", "-", "\n\n", "Question:", "?")
 
 
-def vocabulary(world: World, domains: tuple[str, ...] = DOMAINS) -> tuple[str, ...]:
+def vocabulary(
+    world: World, domains: Sequence[str] = DOMAINS, relations: Sequence[str] = BASIC_RELATIONS
+) -> tuple[str, ...]:
     """Words of the compact register, each with the blank before it where it has one.
 
     Names of all entities are in it, those of the test split included: a closed vocabulary says nothing about
     which fact holds. Names of members are two tokens, so that an unseen name is an unseen pair of known tokens.
     """
-    words = {f" {w}" for w in (*RELATIONS, *DOMAINS)}
+    words = {f" {w}" for w in (*relations, *DOMAINS)}
     for fact in world.facts:
-        if fact.domain in domains:
+        if fact.domain in domains and fact.relation in relations:
             words |= {f" {fact.subject}", f" {fact.objects[0]}"}
     words |= {f" {first}" for first in FIRST} | {f"-{second}" for second in SECOND}
     words |= {f" {price}" for price in range(1, 31)}
