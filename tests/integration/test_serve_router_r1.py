@@ -133,4 +133,7 @@ async def test_hanging_up_books_what_the_ledger_says(tmp_path):
         await asyncio.wait_for(task, 5)
         await store.flush()
         assert len(pool.ledger) == 2
-        assert list_keys(tmp_path / "k")[0].spent_total == pytest.approx(pool.ledger.total.usd) and pool.ledger.total.usd > 0
+        assert (
+            list_keys(tmp_path / "k")[0].spent_total == pytest.approx(pool.ledger.total.usd)
+            and pool.ledger.total.usd > 0
+        )

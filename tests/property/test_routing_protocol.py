@@ -11,7 +11,23 @@ from guerdon.routing.protocol import TAGS, ActionKind, neutralise, observation, 
 pytestmark = pytest.mark.property
 
 ALL_TAGS = [f"<{s}{t}>" for t in TAGS for s in ("", "/")]
-PIECES = [*ALL_TAGS, "<", ">", "/", "search", "answer", "m:q", " ", "<|im_end|>", "<SEARCH>", "< /answer >", "<sea", "rch>", "\n", "é"]
+PIECES = [
+    *ALL_TAGS,
+    "<",
+    ">",
+    "/",
+    "search",
+    "answer",
+    "m:q",
+    " ",
+    "<|im_end|>",
+    "<SEARCH>",
+    "< /answer >",
+    "<sea",
+    "rch>",
+    "\n",
+    "é",
+]
 hostile = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=30).map("".join)
 
 

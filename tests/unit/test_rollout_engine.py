@@ -29,7 +29,9 @@ def policy():
     return small_policy()
 
 
-def full_logprobs(policy, ids: Sequence[int], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> torch.Tensor:
+def full_logprobs(
+    policy, ids: Sequence[int], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+) -> torch.Tensor:
     """Log-probabilities [T, V] of what follows each position, by a plain forward pass and a filter in float64."""
     with torch.no_grad():
         logits = policy.model(input_ids=torch.tensor([list(ids)])).logits[0].double() / (temperature or 1.0)
@@ -47,7 +49,9 @@ def full_logprobs(policy, ids: Sequence[int], temperature: float = 1.0, top_p: f
     return logits.log_softmax(-1)
 
 
-async def talk(engine, prompt: Sequence[int], sampling: Sampling, observations: Sequence[Sequence[int]] = (), group=None):
+async def talk(
+    engine, prompt: Sequence[int], sampling: Sampling, observations: Sequence[Sequence[int]] = (), group=None
+):
     stream = engine.start([], prompt, group=group)
     turns = [await stream.generate(sampling)]
     for ids in observations:
@@ -58,7 +62,9 @@ async def talk(engine, prompt: Sequence[int], sampling: Sampling, observations: 
     return turns, ids
 
 
-def assert_logprobs(policy, prompt: int, ids, turns: list[Completion], observations, sampling: Sampling, tol: float = 1e-4):
+def assert_logprobs(
+    policy, prompt: int, ids, turns: list[Completion], observations, sampling: Sampling, tol: float = 1e-4
+):
     expected = full_logprobs(policy, ids, sampling.temperature, sampling.top_p, sampling.top_k)
     at = prompt
     for k, turn in enumerate(turns):
@@ -71,13 +77,18 @@ def assert_logprobs(policy, prompt: int, ids, turns: list[Completion], observati
 
 
 @pytest.mark.parametrize("attention", ["shared", "model"])
-@pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 5, "temperature": 1.3}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 5, "temperature": 1.3}, {"temperature": 0.0}]
+)
 async def test_logprobs_are_those_of_a_plain_forward_pass(policy, attention: str, filters: dict) -> None:
     engine = TransformersEngine(policy, attention=attention)
     sampling = Sampling(max_tokens=12, **filters)
     groups = [([3 + g, 40, 41, 42 + g, 7][: 3 + g], [[50, 51, 52][: 1 + g], [60]]) for g in range(3)]
-    runs = [(p, o, talk(engine, p, Sampling(**{**filters, "max_tokens": 12, "seed": 10 * g + m}), o, group=g))
-            for g, (p, o) in enumerate(groups) for m in range(3)]
+    runs = [
+        (p, o, talk(engine, p, Sampling(**{**filters, "max_tokens": 12, "seed": 10 * g + m}), o, group=g))
+        for g, (p, o) in enumerate(groups)
+        for m in range(3)
+    ]
     done = await asyncio.gather(*(run for _, _, run in runs))
     for (prompt, observations, _), (turns, ids) in zip(runs, done, strict=True):
         assert_logprobs(policy, len(prompt), ids, turns, observations, sampling)
@@ -90,7 +101,10 @@ async def test_greedy_equals_generate(policy) -> None:
     done = await asyncio.gather(*(talk(engine, p, Sampling(max_tokens=20, temperature=0.0)) for p in prompts))
     for prompt, (turns, _) in zip(prompts, done, strict=True):
         expected = policy.model.generate(
-            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=20,
+            do_sample=False,
         )[0, len(prompt) :].tolist()
         assert list(turns[0].token_ids) == expected
     await engine.aclose()
@@ -204,8 +218,11 @@ async def test_stop_string_across_tokens_ends_the_turn_at_the_completing_token(p
 
 def spelling_policy(text: str):
     """A policy whose greedy continuation of one token is ``text``, one byte per token."""
-    policy = tiny_policy(texts=["x"], hidden=32, layers=1, heads=2, max_context=256, tie_embeddings=False) \
-        if False else tiny_policy(texts=["x"], hidden=32, layers=1, heads=2, max_context=256)
+    policy = (
+        tiny_policy(texts=["x"], hidden=32, layers=1, heads=2, max_context=256, tie_embeddings=False)
+        if False
+        else tiny_policy(texts=["x"], hidden=32, layers=1, heads=2, max_context=256)
+    )
     table = {b: policy.tokenizer.convert_tokens_to_ids(c) for b, c in byte_table().items()}
     policy.ids = [table[b] for b in text.encode()]
     policy.start = policy.tokenizer.eos_token_id + 5
@@ -318,7 +335,9 @@ async def test_a_failing_model_reaches_every_waiter_and_the_engine_goes_on(polic
         streams = [engine.start([], [3, 4, 5 + k], group=k) for k in range(4)]
         first = await asyncio.gather(*(s.generate(Sampling(max_tokens=3, seed=1)) for s in streams))
         armed.set()
-        results = await asyncio.gather(*(s.generate(Sampling(max_tokens=3, seed=1)) for s in streams), return_exceptions=True)
+        results = await asyncio.gather(
+            *(s.generate(Sampling(max_tokens=3, seed=1)) for s in streams), return_exceptions=True
+        )
         assert all(isinstance(r, EngineError) and "out of memory, say" in str(r) for r in results)
         assert all(isinstance(r.__cause__, RuntimeError) for r in results)
         armed.clear()
@@ -423,6 +442,8 @@ async def test_lockstep_starts_a_round_only_when_all_streams_want_to_sample(poli
 
 def test_one_engine_serves_several_event_loops_in_turn(policy) -> None:
     engine = TransformersEngine(policy)
-    seen = [asyncio.run(asyncio.wait_for(talk(engine, [3, 4], Sampling(max_tokens=4, seed=1)), 10))[1] for _ in range(3)]
+    seen = [
+        asyncio.run(asyncio.wait_for(talk(engine, [3, 4], Sampling(max_tokens=4, seed=1)), 10))[1] for _ in range(3)
+    ]
     assert seen[0] == seen[1] == seen[2]
     asyncio.run(engine.aclose())

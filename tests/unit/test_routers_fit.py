@@ -40,6 +40,8 @@ LEARN = (*EMBED, "tfidf-ridge")
 
 
 def make(kind, **options):
+    if kind == "mlp":
+        options.setdefault("iterations", 60)
     if kind == "knn-regression":
         options.setdefault("k", 5)
     return ROUTERS.create(kind, **({"encoder": Topics()} if kind in EMBED else {}), **options)
@@ -71,6 +73,8 @@ def test_saved_router_routes_alike(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(home, "load_encoder", lambda ref: Topics())
     options = {"encoder": "named"} if kind in EMBED else {}
+    if kind == "mlp":
+        options["iterations"] = 5
     m = topics()
     router = ROUTERS.create(kind, **options).fit(m)
     router.alpha = 0.25
@@ -178,7 +182,7 @@ def test_mlp_with_one_and_two_classes():
     assert Mlp(encoder=Topics()).fit(one).scores(["x"]).tolist() == [[0.0, 1.0]]
     m = topics().take(range(20))
     two = ScoreMatrix(m.queries, ("a", "b"), m.scores[:, :2], m.cost[:, :2])
-    router = Mlp(encoder=Topics(), iterations=200).fit(two)
+    router = Mlp(encoder=Topics(), iterations=60).fit(two)
     assert router.choose(two.queries).tolist() == two.scores.argmax(1).tolist()
     assert router.scores(two.queries).sum(1) == pytest.approx(np.ones(20))
 

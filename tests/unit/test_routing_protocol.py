@@ -51,7 +51,9 @@ def test_a_second_colon_is_executed_with_the_middle_as_in_the_released_code():
     assert parse_action("<search>A: ratio 3:4</search>", whole_query=True).query == "ratio 3:4"
 
 
-@pytest.mark.parametrize("text", ["", "thinking", "<search> m:q", "m:q </search>", "<SEARCH>m:q</SEARCH>", "<answer>x</search>"])
+@pytest.mark.parametrize(
+    "text", ["", "thinking", "<search> m:q", "m:q </search>", "<SEARCH>m:q</SEARCH>", "<answer>x</search>"]
+)
 def test_incomplete_blocks_are_no_action(text):
     assert parse_action(text).kind is ActionKind.NONE
 

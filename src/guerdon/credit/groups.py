@@ -22,7 +22,9 @@ class GroupStatistics(NamedTuple):
 
 def _check(rewards_B: Tensor, group_ids_B: Tensor, valid_B: Tensor | None) -> None:
     if rewards_B.ndim != 1 or rewards_B.shape != group_ids_B.shape:
-        raise ValueError(f"rewards {tuple(rewards_B.shape)} and group ids {tuple(group_ids_B.shape)} must be one [B] each")
+        raise ValueError(
+            f"rewards {tuple(rewards_B.shape)} and group ids {tuple(group_ids_B.shape)} must be one [B] each"
+        )
     if valid_B is not None and valid_B.shape != rewards_B.shape:
         raise ValueError(f"valid {tuple(valid_B.shape)} must have the shape of rewards {tuple(rewards_B.shape)}")
     if group_ids_B.numel() and int(group_ids_B.min()) < 0:

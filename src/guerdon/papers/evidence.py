@@ -93,7 +93,7 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     estimate = float(statistic(*[a.mean() for a in stacked]))
     draws = np.empty((len(stacked), resamples))
-    flat = np.stack([a for a in stacked])
+    flat = np.stack(stacked)
     for start in range(0, resamples, 500):
         n = min(500, resamples - start)
         item_weights = _counts(rng, n, items)

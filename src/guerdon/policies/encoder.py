@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from guerdon.errors import MissingDependency, ModelNotFound, UnknownName
+from guerdon.errors import DataError, MissingDependency, ModelNotFound, UnknownName, nearest
 from guerdon.policies.store import resolve_device
 
 __all__ = ["Encoder", "load_encoder"]
@@ -35,7 +36,12 @@ class Encoder:
 
         Returns:
             ``[n, dimension]`` float32 of unit length; rows in the order of ``texts``.
+
+        Raises:
+            DataError: a single string was given.
         """
+        if isinstance(texts, str):
+            raise DataError(f"texts must be a list of strings, got one string; write [{texts[:20]!r}]")
         out = np.zeros((len(texts), int(self.model.config.hidden_size)), dtype=np.float32)
         # Texts of similar length share a batch, so that little padding is computed.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -68,14 +74,24 @@ def load_encoder(ref: str = "minilm", *, device: str = "auto") -> Encoder:
     elif Path(ref).is_dir():
         folder = Path(ref)
     else:
-        raise UnknownName(f"unknown encoder {ref!r}; give 'minilm' or a folder")
+        raise UnknownName(f"unknown encoder {ref!r}{nearest(ref, ['minilm'])}; give 'minilm' or a folder")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = AutoModel.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"encoder {ref!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return Encoder(model.to(resolve_device(device)), tokenizer, name=ref)
+    limit = int(getattr(model.config, "max_position_embeddings", 512))
+    return Encoder(model.to(resolve_device(device)), tokenizer, name=ref, max_tokens=min(_max_tokens(folder), limit))
+
+
+def _max_tokens(folder: Path) -> int:
+    """What sentence-transformers' settings say the encoder was trained for, where they are there."""
+    path = folder / "sentence_bert_config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["max_seq_length"]) if path.is_file() else 256
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelNotFound(f"encoder settings {path} cannot be read: {error!r}") from error
 
 
 def _minilm_folder() -> Path:

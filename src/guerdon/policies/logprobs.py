@@ -68,8 +68,8 @@ def token_logprobs(
         raise ConfigError(f"policy {policy.name!r} has no value head; load it with value_head=True")
     if batch.context > policy.max_context:
         raise DataError(
-            f"a prompt with its response has {batch.context} tokens, the context of {policy.name!r} {policy.max_context}; "
-            "drop or shorten it"
+            f"a prompt with its response has {batch.context} tokens, more than the {policy.max_context} "
+            f"that {policy.name!r} takes; drop or shorten it"
         )
     base = _base(policy.model)
     _, head = trunk_and_head(policy.model)
@@ -186,7 +186,7 @@ def trunk_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
-    """Next-token logits ``[N, vocabulary]``, float32, of hidden states ``[N, hidden]``, as the model would give them."""
+    """Next-token logits ``[N, vocabulary]``, float32, as the model itself would give them for ``[N, hidden]``."""
     _, head = trunk_and_head(model)
     config = _base(model).config
     return _finish(head(states), _logit_scale(config), _softcap(config))

@@ -42,11 +42,14 @@ def add_lora(model: Any, spec: LoraSpec, *, seed: int = 0) -> Any:
     """Wrap ``model`` with adapters that start as the identity; only they are trainable."""
     from peft import LoraConfig, get_peft_model
 
-    targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.alpha,  # type: ignore[arg-type], lora_dropout=spec.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    options: dict[str, Any] = {
+        "r": spec.r,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        "task_type": "CAUSAL_LM",
+    }
+    config = LoraConfig(**options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -85,6 +85,8 @@ class Policy:
         """
         from jinja2 import TemplateError
 
+        if not messages:
+            raise DataError("a conversation needs at least one message, got none")
         clean = [{key: _encodable(value) for key, value in m.items()} for m in messages]
         try:
             ids = self.tokenizer.apply_chat_template(
@@ -93,7 +95,7 @@ class Policy:
         except TemplateError as error:
             raise DataError(f"the chat template of {self.name!r} refuses the conversation: {error}") from error
         if not ids:
-            raise DataError("the conversation renders to no tokens; give at least one message")
+            raise DataError(f"the chat template of {self.name!r} renders the conversation to no tokens")
         return list(ids)
 
     def encode(self, text: str) -> list[int]:

@@ -123,6 +123,8 @@ def tiny_policy(
         num_key_value_heads=heads,
         max_position_embeddings=max_context,
         initializer_range=init_std,
+        # Without biases a head can only look one position back once all embeddings share a direction: slow to learn.
+        attention_bias=True,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -163,11 +163,11 @@ class _Layout:
         heads = [x.shape[1] for x in (query, key, value)]
         out = []
         for (queries, keys, _), mask in zip(self._blocks, self._masks, strict=True):
-            parts = [
+            q, k, v = (
                 x.index_select(0, index.reshape(-1)).view(*index.shape, h, -1).transpose(1, 2)
                 for x, h, index in zip(flat, heads, (queries, keys, keys), strict=True)
-            ]
-            done, _ = sdpa_attention_forward(module, *parts, mask, is_causal=mask is None, **options)
+            )
+            done, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **options)
             out.append(done.reshape(queries.numel(), heads[0], -1))
         return torch.cat(out).index_select(0, self._slots)[None]
 

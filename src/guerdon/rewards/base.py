@@ -91,9 +91,9 @@ class Reward:
         except Exception as error:  # noqa: BLE001  a user's reward may raise anything; it is named and counted
             raw = self._each(trajectories, error)
         if len(raw) != len(trajectories):
-            return [Score.invalid(f"reward {self.name!r} returned {len(raw)} scores for {len(trajectories)} trajectories")] * len(
-                trajectories
-            )
+            return [
+                Score.invalid(f"reward {self.name!r} returned {len(raw)} scores for {len(trajectories)} trajectories")
+            ] * len(trajectories)
         return raw
 
     def _each(self, trajectories: Sequence[Trajectory], error: Exception) -> list[Any]:
@@ -110,7 +110,9 @@ class Reward:
         return out
 
     def _invalid(self, error: Exception, trajectory: Trajectory) -> Score:
-        return Score.invalid(f"reward {self.name!r} raised {type(error).__name__} for task {trajectory.task.id!r}: {error}")
+        return Score.invalid(
+            f"reward {self.name!r} raised {type(error).__name__} for task {trajectory.task.id!r}: {error}"
+        )
 
     def _checked(self, trajectories: Sequence[Trajectory], raw: Sequence[Any]) -> list[Score]:
         out: list[Score] = []
@@ -133,7 +135,9 @@ class Weighted(Reward):
     others that were scored in full.
     """
 
-    def __init__(self, terms: Sequence[tuple[Reward, float]], *, name: str | None = None, on_error: OnError = "raise") -> None:
+    def __init__(
+        self, terms: Sequence[tuple[Reward, float]], *, name: str | None = None, on_error: OnError = "raise"
+    ) -> None:
         super().__init__(name=name or " + ".join(r.name for r, _ in terms), on_error=on_error)
         self.terms = list(terms)
         self.range = (

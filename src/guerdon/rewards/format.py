@@ -92,7 +92,7 @@ class RouterFormat(Reward):
             raise ConfigError(f"severities knows the rules 1 to 9, got {sorted(unknown)[0]}")
         self.members = None if members is None else tuple(members)
         self.resolver = resolver
-        self.severities = {rule: -1.0 for rule in ROUTER_RULES} | dict(severities or {})
+        self.severities = dict.fromkeys(ROUTER_RULES, -1.0) | dict(severities or {})
         self.range = (min(self.severities.values()), 0.0)
 
     def score_one(self, trajectory: Trajectory) -> Score:
@@ -113,9 +113,7 @@ class RouterFormat(Reward):
             2: any(opened != closed for opened, closed in tag_counts(text, _TAGS).values()),
             3: any(content.strip() in ("", "...") for content in by_tag["think"]),
             4: any(tag in block.content for block in found for tag in _TAG_STRINGS),
-            5: len(by_tag["answer"]) != 1
-            or not by_tag["think"]
-            or len(by_tag["search"]) != len(by_tag["information"]),
+            5: len(by_tag["answer"]) != 1 or not by_tag["think"] or len(by_tag["search"]) != len(by_tag["information"]),
             6: not stripped.startswith("<think>"),
             7: not stripped.endswith("</answer>"),
             8: any(malformed for malformed, _ in searches),

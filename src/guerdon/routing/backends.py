@@ -36,7 +36,7 @@ class CallableBackend(WholeBackend):
         self,
         messages: Sequence[Message],
         *,
-        timeout: float = 60.0,  # noqa: ASYNC109 - each backend has its own way to stop
+        timeout: float = 60.0,
         **options: Any,
     ) -> RawReply:
         """One call; an exception of the function is a server error, another type than stated a bad reply."""
@@ -112,7 +112,7 @@ class PolicyBackend(WholeBackend):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        timeout: float = 60.0,  # noqa: ASYNC109 - each backend has its own way to stop
+        timeout: float = 60.0,
         **options: Any,
     ) -> RawReply:
         """Generate one message; the time limit begins when the policy is loaded."""

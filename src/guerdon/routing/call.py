@@ -126,8 +126,9 @@ class Call:
         """Yield pieces of text, then the reply. Once there was text, nobody else is asked."""
         while True:
             try:
-                async for piece in self._ask_stream():
-                    yield piece
+                async with aclosing(self._ask_stream()) as pieces:
+                    async for piece in pieces:
+                        yield piece
                 return
             except BackendError as error:
                 if self.text or not self._fall_back(error):

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from guerdon.routing.evaluate import COLUMNS, RouterMetrics, rows_table
 from guerdon.routing.run import Prepared, RouteRun, RunConfig, write_rows
 
@@ -54,6 +52,7 @@ def demo(
     config = config or RunConfig()
     run = RouteRun(config, folder, say=say)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     prepared = run.prepare()
     run.warm_start(prepared)
     before = _snapshot(prepared, folder)
@@ -85,13 +84,14 @@ def demo(
         if (folder / "online" / name).is_file():
             shutil.copyfile(folder / "online" / name, folder / name)
     if figures:
-        from guerdon.report.frontier import plot_frontier
+        from guerdon.registry import registry
 
-        plot_frontier(
+        figure = registry("figure", {"frontier": "guerdon.report.frontier:plot_frontier"})
+        figure["frontier"](
             [(r.name, r.usd_per_1000, r.em) for r in rows], folder / "pareto.png",
             xlabel="USD per 1,000 questions", ylabel="exact match", title="Router-R1 and baselines, world facts",
         )  # fmt: skip
-    entries = prepared.testbed.sampler.sample(np.random.default_rng([config.seed, 99]))
+    entries = prepared.testbed.entries(prepared.test[0], 0)
     (folder / "pool.yaml").write_text(
         simulated_pool_yaml(entries, prepared.testbed.register, config.seed), encoding="utf-8"
     )

@@ -227,7 +227,8 @@ class RoutingEpisode:
         content = act.query if env.helper_prompt is None else env.helper_prompt.replace("{query}", act.query)
         messages = [{"role": "user", "content": content}]
         reply = await self.pool.call(
-            name if name is not None else act.name,
+            # No member's name holds a colon, so what the resolver refused stays unknown to the pool.
+            name if name is not None else f":{act.name}",
             messages,
             max_tokens=env.max_reply_tokens,
             trajectory_id=self.trajectory_id,

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -205,7 +205,7 @@ class HttpBackend:
         temperature: float,
         top_p: float,
         seed: int | None,
-        timeout: float,  # noqa: ASYNC109 - each backend has its own way to stop
+        timeout: float,
     ) -> RawReply:
         """One request; see :class:`guerdon.routing.member.Backend`."""
         body = dumps(self._request(messages, max_tokens, temperature, top_p, seed))
@@ -237,7 +237,7 @@ class HttpBackend:
         temperature: float,
         top_p: float,
         seed: int | None,
-        timeout: float,  # noqa: ASYNC109 - each backend has its own way to stop
+        timeout: float,
     ) -> AsyncGenerator[str | RawReply, None]:
         """One streamed request; ``timeout`` bounds the wait for each piece."""
         request = self._request(messages, max_tokens, temperature, top_p, seed)
@@ -327,12 +327,12 @@ class HttpBackend:
             content = "".join(str(p.get("text") or "") for p in content if isinstance(p, dict))
         if content is not None and not isinstance(content, str):
             raise bad(f"the reply's content is {type(content).__name__}, not text")
-        return RawReply(self._without_keys(content), given, made, model, _name(choices[0].get("finish_reason")))
+        text = self._without_keys(content) if content else content
+        return RawReply(text, given, made, model, _name(choices[0].get("finish_reason")))
 
-    def _without_keys(self, text: str | None) -> str | None:
-        for secret in self._secrets() if text else ():
-            if secret in (text or ""):
-                text = (text or "").replace(secret, "***")
+    def _without_keys(self, text: str) -> str:
+        for secret in self._secrets() if self._key is not None or self._templates else ():
+            text = text.replace(secret, "***")
         return text
 
     def _check_error(self, value: Mapping[str, Any]) -> None:
@@ -368,29 +368,25 @@ class _Events:
         self.finish: str | None = None
         self.done = False
 
-    def feed(self, chunk: bytes) -> list[str]:
-        """The new pieces of text."""
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """The new pieces of text, each as soon as it is read: what follows it may be an error."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > _LIMIT:
             raise BackendError(Outcome.BAD_REPLY, f"an event of the stream is larger than {_LIMIT} bytes")
-        pieces = []
         for line in lines:
             if not line.startswith(b"data:"):
                 continue
             data = line[5:].strip()
             if data == b"[DONE]":
                 self.done = True
-                break
+                return
             if data:
-                pieces += self._event(self._backend._json(data))
-        self._text += pieces
-        return pieces
+                yield from self._event(self._backend._json(data))
 
-    def _event(self, event: dict[str, Any]) -> list[str]:
+    def _event(self, event: dict[str, Any]) -> Iterator[str]:
         self._backend._check_error(event)
         self.model = _name(event.get("model")) or self.model
         self._usage = event.get("usage") or self._usage
-        pieces = []
         for choice in event.get("choices") or ():
             if not isinstance(choice, dict):
                 raise BackendError(Outcome.BAD_REPLY, "an event of the stream has a choice that is no object")
@@ -398,14 +394,16 @@ class _Events:
             delta = choice.get("delta")
             piece = delta.get("content") if isinstance(delta, dict) else None
             if isinstance(piece, str) and piece:
-                pieces.append(piece)
-        return pieces
+                piece = self._backend._without_keys(piece)
+                self._text.append(piece)
+                yield piece
 
     def reply(self) -> RawReply:
         """What came, with the usage of the last event."""
         usage = self._usage
         given, made = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
-        return RawReply("".join(self._text) or None, given, made, self.model, self.finish)
+        text = self._backend._without_keys("".join(self._text))
+        return RawReply(text or None, given, made, self.model, self.finish)
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:

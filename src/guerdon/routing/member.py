@@ -182,7 +182,7 @@ class Reply:
         retry_after: seconds for which the endpoint asked to be left alone.
         finish_reason: the endpoint's own word.
         model_mismatch: the endpoint answered with another model than was asked for.
-        charges: who was paid what, where that is more than one member or price; empty otherwise.
+        charges: who was paid what, where more than one member or model was; empty otherwise.
     """
 
     member: str
@@ -255,7 +255,7 @@ class Backend(Protocol):
         temperature: float,
         top_p: float,
         seed: int | None,
-        timeout: float,  # noqa: ASYNC109 - each backend has its own way to stop
+        timeout: float,
     ) -> RawReply:
         """One attempt."""
         ...

@@ -88,6 +88,7 @@ class Pool(Mapping[str, Member]):
         for member, backend in members:
             if member.name in self._members:
                 problems.append(_twice(member.name))
+                continue
             self._members[member.name] = (member, self._slot(member, backend))
         self._shared.backends.update((name, slot.backend) for name, (_, slot) in self._members.items())
         self._finish(problems)
@@ -210,8 +211,12 @@ class Pool(Mapping[str, Member]):
         out = object.__new__(Pool)
         out._shared, out._resolver, out._policy = self._shared, self._resolver, self._policy
         out._members = table = {}
-        problems = []
         kept = self._members if members is None else dict.fromkeys(members)
+        names = [*((rename or {}).get(old, old) for old in kept), *(member.name for member, _ in add)]
+        if len(set(names)) < len(names):
+            raise PoolConfigError([_twice(name) for name in sorted({n for n in names if names.count(n) > 1})])
+        if not names:
+            raise PoolConfigError("a pool needs at least one member")
         for old in kept:
             member, slot = self._members[old]
             change: dict[str, Any] = {}
@@ -229,17 +234,11 @@ class Pool(Mapping[str, Member]):
                 member = replace(member, **change)
             if wrap is not None:
                 slot = out._slot(member, wrap(old, slot.backend))
-            if member.name in table:
-                problems.append(_twice(member.name))
             table[member.name] = (member, slot)
         for member, backend in add:
-            if member.name in table:
-                problems.append(_twice(member.name))
             table[member.name] = (member, out._slot(member, backend))
-        if not table:
-            problems.append("a pool needs at least one member")
         if rename or add or members is not None:
-            out._finish(problems)
+            out._finish()
         else:
             out._names = self._names
         return out

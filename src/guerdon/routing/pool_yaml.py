@@ -222,7 +222,7 @@ def read_pool(path: Path, *, ledger: Ledger | None = None, **options: Any) -> Po
     base = path.parent
     members = [(m.member(), _backend(m, base)) for m in config.members]
     parts: dict[str, Any] = {
-        "ledger": ledger or Ledger(base / config.ledger if config.ledger else None),
+        "ledger": ledger if ledger is not None else Ledger(base / config.ledger if config.ledger else None),
         "cache": ReplyCache(base / config.cache) if config.cache else None,
         "retry": RetryPolicy(**config.retry.model_dump()),
         "breaker": BreakerPolicy(**config.breaker.model_dump()) if config.breaker else None,

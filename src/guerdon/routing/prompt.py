@@ -98,16 +98,21 @@ def router_prompt(
     )
 
 
-def compact_member(member: Member) -> str:
-    """``- NAME : DESCRIPTOR ; $ PRICE``, the output price rounded to whole units of USD per million tokens."""
-    return f"- {member.name} : {member.descriptor} ; $ {member.output_price:.0f}"
+def compact_member(member: Member, *, prices: bool = True) -> str:
+    """``- SKILL NAME , SKILL NAME ; $ PRICE``: every skill of the descriptor is followed by who has it.
+
+    A policy of two layers finds what follows a word far sooner than what stands at the head of the word's
+    line. The output price is rounded to whole USD per million tokens.
+    """
+    skills = " , ".join(f"{skill} {member.name}" for skill in member.descriptor.split(" , "))
+    return f"- {skills} ; $ {member.output_price:.0f}" if prices else f"- {skills}"
 
 
 def compact_prompt(
     question: str, members: Iterable[Member], *, prices: bool = True, budget_usd: float | None = None
 ) -> str:
     """The same content for a tiny policy: one line per member, then the question."""
-    lines = [compact_member(m) if prices else f"- {m.name} : {m.descriptor}" for m in members]
+    lines = [compact_member(m, prices=prices) for m in members]
     if budget_usd is not None:
         lines.append(f"budget : $ {budget_usd:.6f}")
     return "\n".join([*lines, f"Question: {with_question_mark(question)}"])

@@ -12,7 +12,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from guerdon.errors import DataError
 from guerdon.rewards import ExactMatch, Reward, TokenF1
@@ -93,9 +101,9 @@ class RouteRecord(BaseModel):
         transcript: text of all turns.
     """
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    model_config = ConfigDict(extra="allow")
 
-    schema_: str = Field(SCHEMA, alias="schema")
+    schema_: str = Field(default=SCHEMA, validation_alias=AliasChoices("schema", "schema_"))
     task_id: str
     question: str
     golds: list[str] | None = None
@@ -123,8 +131,7 @@ class RouteRecord(BaseModel):
     @model_serializer(mode="wrap")
     def _named(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         out = handler(self)
-        name = out.pop("schema_") if "schema_" in out else out.pop("schema")
-        return {"schema": name, **out}
+        return {"schema": out.pop("schema_"), **out}
 
 
 def record_of(
@@ -293,7 +300,6 @@ def trace_lines(record: RouteRecord) -> list[str]:
     if record.last_thought:
         out.append(f"think     {record.last_thought}")
     out.append(f"answer    {record.answer if record.answer is not None else f'none ({record.stop})'}")
-    out.append(
-        f"cost      ${record.usd:.8f} for {record.calls} calls; {record.policy_output_tokens} tokens of the router itself"
-    )
+    own = f"{record.policy_output_tokens} tokens of the router itself"
+    out.append(f"cost      ${record.usd:.8f} for {record.calls} calls; {own}")
     return out

@@ -7,7 +7,7 @@ added, descriptors are swapped, and calls are made to fail; every variation is o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 
 from guerdon.errors import CheckpointError
 from guerdon.rollout.loop import derive_seed
-from guerdon.routing.backends import FaultyBackend
 from guerdon.routing.evaluate import RouterMetrics, measure
+from guerdon.routing.faults import FaultyBackend
 from guerdon.routing.pool import Pool
 from guerdon.routing.retry import RetryPolicy
 from guerdon.types import Task
@@ -82,7 +82,7 @@ def variations(pool_for: PoolFor, held_out: PoolFor) -> dict[str, PoolFor]:
         pool, more = pool_for(task, group), held_out(task, group)
         firsts = {n.partition("-")[0] for n in pool}
         new = [n for n in more if n.partition("-")[0] not in firsts][:2]
-        return pool.view(add=[(more[n], more._shared.backends[n]) for n in new])
+        return pool.view(add=[(more[n], more.backend(n)) for n in new])
 
     return {
         "names shuffled": shuffled,
@@ -100,7 +100,7 @@ def _faulty(pool_for: PoolFor, rates: Mapping[str, float]) -> PoolFor:
         pool = pool_for(task, group)
         return Pool(
             [
-                (m, FaultyBackend(pool._shared.backends[n], rates, seed=derive_seed(task.id, n) & 0xFFFFFFFF))
+                (m, FaultyBackend(pool.backend(n), rates, seed=derive_seed(task.id, n) & 0xFFFFFFFF))
                 for n, m in pool.items()
             ],
             ledger=pool.ledger,
@@ -153,7 +153,7 @@ async def evaluate_run(
                 await members.aclose()
         register = "compact" if router.settings.prompt == "compact" else "natural"
         run_seed = _seed_of(Path(folder))
-        testbed = WorldFactsTestbed(register, seed=run_seed)
+        testbed = WorldFactsTestbed(register, shuffled=_shuffled(Path(folder)), seed=run_seed)
         unseen = WorldFactsTestbed(register, held_out=True, seed=run_seed)
         tasks = testbed.balanced("test", questions, seed=seed)
         plain: PoolFor = lambda task, group: testbed.pool_for(task, 0)  # noqa: E731
@@ -175,16 +175,22 @@ async def evaluate_run(
         await router.aclose()
 
 
-def _seed_of(folder: Path) -> int:
+def _setting(folder: Path, *keys: str, default: Any) -> Any:
     path = folder / "config.json"
     if not path.is_file():
-        return 0
+        return default
     try:
-        return int(json.loads(path.read_text(encoding="utf-8")).get("seed", 0))
-    except (json.JSONDecodeError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not a run's configuration: {error}") from error
+    for key in keys:
+        value = value.get(key, default) if isinstance(value, dict) else default
+    return value
 
 
-def fall(rows: Sequence[RouterMetrics]) -> dict[str, float]:
-    """EM lost against the first row, per row."""
-    return {r.name: rows[0].em - r.em for r in rows[1:]}
+def _seed_of(folder: Path) -> int:
+    return int(_setting(folder, "seed", default=0))
+
+
+def _shuffled(folder: Path) -> bool:
+    return bool(_setting(folder, "data", "shuffled", default=False))

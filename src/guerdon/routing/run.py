@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-
 from guerdon.errors import ConfigError, DataError
 from guerdon.routing.evaluate import RouterMetrics
 from guerdon.training.config import Config, Count, Fraction, NonNegative, OnlineConfig, OptimiserConfig, SftConfig
@@ -49,7 +48,7 @@ class PolicyConfig(Config):
     hidden: Count = 128
     layers: Count = 2
     heads: Count = 4
-    intermediate: Count = 128
+    intermediate: Count = 256
     init_std: float = 0.088
     max_context: Count = 512
 
@@ -59,11 +58,13 @@ class DataConfig(Config):
 
     Args:
         world: ``compact`` or ``natural`` world facts over simulated specialists; ``None`` with ``train``.
+        shuffled: another pool, with other names, for every question of the world; else one pool for all.
         train, test: JSONL files with ``question`` and ``golds`` (and ``id``) on each line.
         questions: how many training questions are drawn from the world.
     """
 
     world: Literal["compact", "natural"] | None = "compact"
+    shuffled: bool = False
     train: Path | None = None
     test: Path | None = None
     questions: Count = 4000
@@ -105,11 +106,11 @@ class WarmStartConfig(Config):
     per_prompt: Count = 4
     practice: Fraction = 0.5
     sft: SftConfig = SftConfig(
-        steps=700,
+        steps=500,
         batch_size=48,
         max_tokens_per_microbatch=6000,
         optimiser=OptimiserConfig(
-            lr=3e-3, schedule="cosine", warmup=40, final=0.05, weight_decay=0.01, betas=(0.9, 0.98)
+            lr=2e-3, schedule="cosine", warmup=40, final=0.05, weight_decay=0.01, betas=(0.9, 0.98)
         ),
     )
 
@@ -139,16 +140,16 @@ class RunConfig(Config):
     warm_start: WarmStartConfig | None = WarmStartConfig()
     online: OnlineConfig = OnlineConfig(
         algorithm="grpo",
-        steps=60,
+        steps=50,
         prompts_per_step=16,
-        group_size=16,
+        group_size=12,
         max_tokens=40,
         max_tokens_per_microbatch=6000,
         clip_low=0.2,
         clip_high=0.28,
-        entropy_coef=0.01,
+        entropy_coef=0.003,
         save_every=10,
-        optimiser=OptimiserConfig(lr=4e-4, warmup=3, betas=(0.9, 0.95)),
+        optimiser=OptimiserConfig(lr=5e-4, warmup=3, betas=(0.9, 0.95)),
     )
     pool: Path | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -239,7 +240,7 @@ class RouteRun:
         if config.data.world is not None:
             from guerdon.routing.testbed import WorldFactsTestbed
 
-            testbed = WorldFactsTestbed(config.data.world, seed=config.seed)
+            testbed = WorldFactsTestbed(config.data.world, shuffled=config.data.shuffled, seed=config.seed)
             train = testbed.balanced("train", config.data.questions, seed=config.seed)
             test = testbed.balanced("test", config.evaluation.questions, seed=config.evaluation.seed)
         else:
@@ -311,10 +312,7 @@ class RouteRun:
             out=self.out / "warm_start",
             callbacks=[Console(("loss", "time/step"), every=50)],
         )
-        try:
-            _whole(trainer.fit())
-        finally:
-            trainer.close()
+        _whole(trainer.fit())
 
     def online(self, prepared: Prepared) -> None:
         """Reinforcement learning."""

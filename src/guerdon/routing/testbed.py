@@ -49,12 +49,15 @@ class WorldFactsTestbed:
         register: ``"compact"`` for tiny policies, ``"natural"`` for real language models.
         domains: four domains.
         held_out: draw unseen names and unseen pairs of skills.
+        shuffled: draw another pool for every question, so that only descriptors tell who knows what. False
+            keeps one pool, as a platform has it; a policy may then also learn it by heart.
         seed: of the split, the pools and the specialists' errors.
     """
 
     register: Any = "compact"
     domains: tuple[str, ...] = CORE_DOMAINS
     held_out: bool = False
+    shuffled: bool = True
     seed: int = 0
     ledger: Ledger = field(default_factory=lambda: Ledger(keep=1000, by_trajectory=False), compare=False)
 
@@ -95,6 +98,8 @@ class WorldFactsTestbed:
 
     def entries(self, task: Task, group: int) -> list[Entry]:
         """The pool of one group of episodes, as skills; it depends on the task's id and the group's number alone."""
+        if not self.shuffled:
+            return self.sampler.sample(np.random.default_rng([self.seed, 6]))
         return self.sampler.sample(np.random.default_rng([self.seed, derive_seed(task.id, group)]))
 
     def pool(self, entries: Sequence[Entry]) -> Pool:
@@ -165,7 +170,7 @@ class WorldFactsTestbed:
         while len(out) < n:
             kind = by_hops[int(rng.integers(2))]
             task = kind[int(rng.integers(len(kind)))]
-            entries = self.sampler.sample(rng)
+            entries = self.sampler.sample(rng) if self.shuffled else self.entries(task, 0)
             members = {e.name: Specialist(e.skill, self.world, self.register, self.seed) for e in entries}
             ask = partial(_ask, members)
             if rng.random() < practice:

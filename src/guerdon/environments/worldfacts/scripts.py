@@ -97,8 +97,10 @@ def scripted_rollout(
         needed = chain[min(k, len(chain) - 1)].domain
         known = member.skill.domains
         skill = needed if needed in known else known[int(rng.integers(len(known)))]
-        compact = f"need {needed} ; try {skill}"
-        thought = compact if register == "compact" else f"This is about {needed}. I try a model that knows {skill}."
+        compact = f"need {needed} ; try {skill} {member.name}"
+        thought = (
+            compact if register == "compact" else f"This is about {needed}. I try {member.name}, which knows {skill}."
+        )
         segments.append(Segment("policy", f"<think> {thought} </think><search> {member.name} : {query} </search>"))
         reply = ask(member.name, query)
         segments.append(Segment("environment", wrap(reply)))

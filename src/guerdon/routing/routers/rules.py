@@ -156,6 +156,6 @@ class Oracle(Router):
 
     def decide(self, matrix: ScoreMatrix, *, alpha: float | None = None) -> np.ndarray:
         """Member indices ``[n]``; of equal utility the cheapest on that query, then the first."""
-        utility = self.weigh(np.where(matrix.ran, matrix.quality, -np.inf), alpha)
+        utility = np.where(matrix.ran, self.weigh(np.nan_to_num(matrix.quality), alpha), -np.inf)
         best = utility >= utility.max(1, keepdims=True)
         return np.where(best, np.nan_to_num(matrix.cost, nan=np.inf), np.inf).argmin(1)
