@@ -18,7 +18,7 @@ TEXTS = ["the quick brown fox <search> Lima: capital of Peru? </search> Ã¼ber æ¼
 
 
 def small_policy(seed: int = 0, max_context: int = 256, **options):
-    policy = tiny_policy(texts=TEXTS, hidden=32, layers=2, heads=4, max_context=max_context, seed=seed, **options)
+    policy = tiny_policy(texts=TEXTS, hidden=32, layers=2, heads=4, max_context=max_context, seed=seed, **{"init_std": 0.02} | options)
     with torch.no_grad():  # a fresh model is nearly uniform; make it prefer some tokens
         policy.model.get_output_embeddings().weight.mul_(6)
     return policy

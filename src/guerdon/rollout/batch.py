@@ -226,6 +226,8 @@ class Batch:
         a, b = [p[0] for p in pairs], [p[1] for p in pairs]
         stored = max((o.cached - o.base for s in (*a, *b) if (o := self.owner[s]) is not None), default=0)
         if stored > 0:
+            # Rows may have been added while everything they hold so far lies in a shared prefix.
+            self.cache.own.reserve(len(self.owner), stored)
             self.cache.own.exchange(a, b, stored)
         source, target = [*a, *b], [*b, *a]
         for values in self._rows.values():
