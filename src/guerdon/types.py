@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 __all__ = [
     "Group",
@@ -91,7 +91,7 @@ class Task:
 
     Args:
         id: unique within its dataset.
-        prompt: chat messages; the last one is usually the user's.
+        prompt: chat messages, the last one usually the user's; a plain string is one user message.
         reference: whatever the reward needs: gold answers, unit tests, a database, a rubric.
         meta: anything else that is worth carrying (split, domain, hops, ...).
     """
@@ -100,6 +100,16 @@ class Task:
     prompt: tuple[Message, ...]
     reference: Any = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    if TYPE_CHECKING:  # the constructor takes plain text or any sequence; the field always holds a tuple
+
+        def __init__(
+            self,
+            id: str,
+            prompt: str | Sequence[Message],
+            reference: Any = None,
+            meta: Mapping[str, Any] = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, str):

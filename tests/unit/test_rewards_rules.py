@@ -13,7 +13,13 @@ from guerdon.types import Score, StopReason, Task, Trajectory, Turn
 
 @pytest.mark.parametrize(
     ("text", "normal"),
-    [("The  Eiffel-Tower!", "eiffeltower"), ("a an the", ""), ("Theatre", "theatre"), ("U.S.A.", "usa"), ("an apple", "apple")],
+    [
+        ("The  Eiffel-Tower!", "eiffeltower"),
+        ("a an the", ""),
+        ("Theatre", "theatre"),
+        ("U.S.A.", "usa"),
+        ("an apple", "apple"),
+    ],
 )
 def test_normalisation(text, normal):
     assert normalise_answer(text) == normal
@@ -111,7 +117,7 @@ class Odd(gd.rewards.Reward):
 
 @pytest.mark.parametrize("value", [ValueError("boom"), None, float("nan"), "high"])
 def test_failures_are_named_counted_and_handled_as_chosen(value):
-    with pytest.raises(RewardError, match="'Odd'.*'text'|Odd"):
+    with pytest.raises(RewardError, match="Odd"):
         Odd(value).text(completion="x")
     dropped = Odd(value, on_error="drop")
     score = dropped.text(completion="x")

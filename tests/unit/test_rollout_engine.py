@@ -18,7 +18,9 @@ TEXTS = ["the quick brown fox <search> Lima: capital of Peru? </search> Ã¼ber æ¼
 
 
 def small_policy(seed: int = 0, max_context: int = 256, **options):
-    policy = tiny_policy(texts=TEXTS, hidden=32, layers=2, heads=4, max_context=max_context, seed=seed, **{"init_std": 0.02} | options)
+    policy = tiny_policy(
+        texts=TEXTS, hidden=32, layers=2, heads=4, max_context=max_context, seed=seed, **{"init_std": 0.02} | options
+    )
     with torch.no_grad():  # a fresh model is nearly uniform; make it prefer some tokens
         policy.model.get_output_embeddings().weight.mul_(6)
     return policy
@@ -321,6 +323,47 @@ async def test_cancelling_frees_the_slot(policy) -> None:
     await engine.aclose()
 
 
+@pytest.mark.parametrize("where", ["_admit", "_begin_with_prefixes", "_prefill_pass", "_activate", "_decode"])
+async def test_no_waiter_is_lost_wherever_a_step_fails(policy, where: str) -> None:
+    engine = TransformersEngine(policy, max_slots=4)
+    step, calls = getattr(engine._batch, where), 0
+
+    def broken(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("no room")
+        return step(*args, **kwargs)
+
+    setattr(engine._batch, where, broken)
+    streams = [engine.start([], [3, 4, 5, 6], group=i % 2) for i in range(6)]
+    waiting = asyncio.gather(*(s.generate(Sampling(max_tokens=3, seed=1)) for s in streams), return_exceptions=True)
+    results = await asyncio.wait_for(waiting, 20)
+    assert any(isinstance(r, EngineError) and "no room" in str(r) for r in results)
+    assert all(isinstance(r, EngineError) or r.token_ids for r in results)
+    assert engine._in_flight == 0 and not engine._batch._jobs
+    await engine.aclose()
+
+
+async def test_the_model_is_left_alone_once_sampling_is_over(policy) -> None:
+    engine = TransformersEngine(policy)
+    streams = [engine.start([], [3, 4, 5], group=0) for _ in range(3)]
+    await asyncio.gather(*(s.generate(Sampling(max_tokens=2, seed=1)) for s in streams))
+    borrowed, running = 0, engine._batch.running
+
+    def count():
+        nonlocal borrowed
+        borrowed += 1
+        return running()
+
+    engine._batch.running = count
+    for stream in streams:
+        stream.close()
+    engine.reset()  # returns once the worker has been through what came before
+    assert borrowed == 0
+    await engine.aclose()
+
+
 async def test_a_failing_model_reaches_every_waiter_and_the_engine_goes_on(policy) -> None:
     engine = TransformersEngine(policy)
     forward, armed = policy.model.model.forward, threading.Event()
@@ -397,7 +440,7 @@ async def test_training_mode_and_attention_are_as_before(policy) -> None:
     policy.model.model.layers[0].eval()
     before = [m.training for m in policy.model.modules()]
     implementation = policy.model.config._attn_implementation
-    turns, ids = await talk(engine, [3, 4, 5], Sampling(max_tokens=4, seed=0))
+    _turns, ids = await talk(engine, [3, 4, 5], Sampling(max_tokens=4, seed=0))
     assert [m.training for m in policy.model.modules()] == before
     assert policy.model.config._attn_implementation == implementation
     loss = policy.model(input_ids=torch.tensor([list(ids)])).logits.sum()

@@ -69,7 +69,8 @@ def test_micro_batches_do_not_change_the_result() -> None:
         SftTrainer(policy, word_data(policy), config(max_tokens_per_microbatch=limit)).fit()
         runs.append(weights(policy))
     for key in runs[0]:
-        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=1e-3, atol=1e-5)
+        # Adam divides a gradient by its size, so that rounding shows: 1% of one step of 1e-2 is allowed.
+        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=1e-3, atol=1e-4)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path) -> None:

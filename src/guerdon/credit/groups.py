@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 __all__ = ["GroupStatistics", "group_relative", "group_statistics", "leave_one_out"]
 
 
-class GroupStatistics(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class GroupStatistics:
     """Per trajectory ``[B]``: its group's mean, unbiased standard deviation, count of valid members, and the
     mean of the other valid members. A group of one has deviation 0 and itself as leave-one-out mean."""
 

@@ -27,7 +27,8 @@ def gae(
         rewards_BT: ``[B, T]`` reward after each action.
         values_BT: ``[B, T]`` value of the state in which each action is taken.
         mask_BT: ``[B, T]`` True on actions.
-        gamma, lam: discount and trace decay, in [0, 1].
+        gamma: discount, in [0, 1].
+        lam: trace decay, in [0, 1].
 
     Returns:
         Advantages and value targets (advantage plus value), each ``[B, T]``, 0 outside the mask.

@@ -31,9 +31,12 @@ def ppo_clip(
     to the old probability.
 
     Args:
-        logprobs, old_logprobs, advantages: one shape; the last two are constants of the loss.
-        clip_low, clip_high: half-widths of the range; ``clip_high`` defaults to ``clip_low``. A larger one
-            leaves rare tokens room to grow (DAPO's asymmetric clip).
+        logprobs: of the chosen tokens under the current policy, any shape.
+        old_logprobs: under the policy that is stepped away from; same shape, a constant of the loss.
+        advantages: same shape, a constant of the loss.
+        clip_low: half-width of the range below 1.
+        clip_high: half-width above 1, ``clip_low`` by default. A larger one leaves rare tokens room to grow
+            (DAPO's asymmetric clip).
         dual_clip: above 1, bounds the loss of negative advantages at ``-dual_clip * A``.
 
     Returns:

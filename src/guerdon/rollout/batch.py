@@ -176,6 +176,7 @@ class Batch:
         self.queue: deque[Job] = deque()
         self.finished: list[Job] = []
         self._filling: list[Job] = []
+        self._jobs: dict[int, Job] = {}  # every completion that has not ended, wherever it is
         self.active = 0
         self._prefixes: list[Prefix] = []
         self._groups: tuple[np.ndarray, np.ndarray] | None = None
@@ -248,6 +249,7 @@ class Batch:
     def submit(self, job: Job) -> None:
         """Queue a completion."""
         job.context.job = job
+        self._jobs[id(job)] = job
         self.queue.append(job)
 
     def close(self, context: Context) -> None:
@@ -261,6 +263,7 @@ class Batch:
             else:
                 self._deactivate([context.slot])
             context.job = None
+            self._jobs.pop(id(job), None)
             job.stop = StopReason.ABORTED
         if context.slot >= 0:
             self.owner[context.slot] = None
@@ -297,7 +300,8 @@ class Batch:
 
     def fail(self, error: EngineError) -> list[Job]:
         """Take all completions off the batch with an error, and drop all keys and values."""
-        jobs = [*self.queue, *self._filling, *(c.job for c in self.owner[: self.active] if c is not None and c.job)]
+        jobs = list(self._jobs.values())
+        self._jobs.clear()
         self.queue.clear()
         self._filling = []
         for job in jobs:
@@ -617,6 +621,7 @@ class Batch:
     def _finish(self, job: Job, stop: StopReason | None) -> None:
         job.stop = stop
         job.context.job = None
+        self._jobs.pop(id(job), None)
         self.finished.append(job)
 
 

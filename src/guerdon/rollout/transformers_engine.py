@@ -254,8 +254,11 @@ class TransformersEngine:
         try:
             with self._guard():
                 while self._wait():
-                    with self._batch.running():
-                        self._run()
+                    self._take()
+                    # Closed streams come in while a trainer may be using the model: it is borrowed only to sample.
+                    if self._batch.busy:
+                        with self._batch.running():
+                            self._run()
                     self._hand_over()
         except BaseException as error:  # noqa: BLE001 - whatever ended the thread must reach those who wait on it
             self._dead = error

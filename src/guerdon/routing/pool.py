@@ -52,7 +52,8 @@ class Pool(Mapping[str, Member]):
         resolver: maps what the router wrote to a member's name or ``None``; replaces exact matching.
         count_tokens: counts the tokens of a text where an endpoint reports no usage.
         seed: of the backoff's jitter.
-        clock, sleep: monotonic seconds, and how to wait; for tests.
+        clock: monotonic seconds; replaced in tests.
+        sleep: how to wait; replaced in tests.
 
     Raises:
         PoolConfigError: no members, a name or alias given twice (up to case), an unknown or circular fallback;
@@ -293,7 +294,10 @@ class Pool(Mapping[str, Member]):
         Args:
             name: of a member; an unknown one gives ``Outcome.UNKNOWN_MEMBER`` and costs nothing.
             messages: chat messages, or the text of one user message.
-            max_tokens, temperature, top_p, seed: of the reply; the member's own defaults where ``None``.
+            max_tokens: of the reply; the member's own default where ``None``.
+            temperature: of the reply; the member's own default where ``None``.
+            top_p: of the reply; the member's own default where ``None``.
+            seed: of the reply; the member's own default where ``None``.
             trajectory_id: groups calls in the ledger.
             deadline: point on the monotonic clock after which nothing is waited for.
             budget: the worst case is reserved in it first; a call that does not fit is not made and not

@@ -31,7 +31,6 @@ class HierarchicalReward(Reward):
         alpha: weight of the cost term in [0, 1].
         gate_wrong: pay the cost term only where the outcome is positive. ``False`` is the sum as the
             paper writes it, and the ablation.
-        raw_cost: where the raw cost of a trajectory is found; default ``info["raw_cost"]``.
     """
 
     def __init__(
@@ -109,7 +108,8 @@ def router_reward(
         members: names that a search block may carry; ``None`` reads them from each trajectory's
             ``info["members"]``, as pools may differ from episode to episode.
         resolver: maps a written name to a member name or ``None``; replaces exact matching.
-        gate_format, gate_wrong: off for the ablations.
+        gate_format: off for the ablation without the format reward.
+        gate_wrong: off for the ablation that pays the cost term for wrong answers too.
         cost: the normaliser of raw costs; a fresh :class:`RunningPercentileCost` by default.
 
     Raises:
