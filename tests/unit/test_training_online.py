@@ -425,7 +425,7 @@ def test_it_learns(algorithm: str, environment) -> None:
     SftTrainer(policy, babble(policy, 256, turns=turns), warm).fit()
     config = OnlineConfig(
         algorithm=algorithm, steps=100, prompts_per_step=8, group_size=8, max_tokens=2, max_turns=turns,
-        optimiser={"lr": 2e-3, "critic_lr": 1e-2} if ppo else {"lr": 2e-3}, entropy_coef=0.01,
+        optimiser={"lr": 1e-3, "critic_lr": 3e-3} if ppo else {"lr": 2e-3}, entropy_coef=0.01,
         **({"minibatch_size": 32, "epochs": 2, "whiten": "action"} if ppo else {}),
     )  # fmt: skip
     run = OnlineTrainer(
