@@ -20,6 +20,7 @@ __all__ = [
     "ModelNotFound",
     "PoolError",
     "RewardError",
+    "TrainingError",
     "UnknownName",
     "nearest",
 ]
@@ -66,6 +67,10 @@ class PoolError(GuerdonError, RuntimeError):
 
 class BudgetExceeded(GuerdonError, RuntimeError):
     """The next paid call could cost more than what is left of a money cap."""
+
+
+class TrainingError(GuerdonError, RuntimeError):
+    """A training step cannot go on (a loss or gradient that is not finite, nothing to learn from); weights are untouched."""
 
 
 class RewardError(GuerdonError, RuntimeError):

@@ -412,11 +412,12 @@ class Segmenter:
         for end in [*sorted(set(ends)), len(text)]:
             if text[start:end].strip():
                 merged.append(end)
-                start = end
-        if not merged:
-            return [len(text)] if text else []
-        merged[-1] = len(text)
-        return merged
+            elif merged:
+                merged[-1] = end
+            else:
+                continue
+            start = end
+        return merged or ([len(text)] if text else [])
 
     def spans(self, trajectory: Trajectory) -> list[Span]:
         """Step spans of a trajectory in response positions.

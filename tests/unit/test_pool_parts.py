@@ -90,6 +90,17 @@ def test_old_results_are_forgotten_but_an_unbroken_row_of_failures_is_not():
     assert breaker.state == "open"
 
 
+def test_a_busy_endpoint_costs_no_more_memory_than_a_quiet_one():
+    clock = Clock()
+    breaker = Breaker(BreakerPolicy(window_s=60), clock=clock)
+    for k in range(20_000):
+        feed(breaker, k % 3 != 0)
+        clock.now += 0.01
+    assert len(breaker._counts) <= 66
+    assert breaker._seen == pytest.approx(6000, rel=0.02)  # a minute's results, however many came before
+    assert breaker._failed == pytest.approx(2000, rel=0.02)
+
+
 def test_one_probe_after_the_cooldown_decides():
     clock = Clock()
     breaker = Breaker(BreakerPolicy(min_calls=1, cooldown_s=5, max_cooldown_s=8), clock=clock)

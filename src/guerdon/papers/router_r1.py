@@ -142,10 +142,11 @@ def _arm(scale: str, warm: str, out: str, arm: str, seed: int) -> dict[str, Any]
     done = folder / "done.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
-    run = RouteRun(config(scale, **ARMS[arm]), folder)
+    began = time.perf_counter()
+    settings = config(scale, **ARMS[arm])
+    settings = settings.model_copy(update={"online": settings.online.model_copy(update={"seed": seed})})
+    run = RouteRun(settings, folder)
     prepared = replace(run.prepare(), policy=Policy.load(warm))
-    seeded = run.config.model_copy(update={"seed": 0})
-    run.config = seeded.model_copy(update={"online": seeded.online.model_copy(update={"seed": seed})})
     run.online(prepared)
     router = RouterR1(prepared.policy, settings=prepared.settings)
     testbed = prepared.testbed
@@ -166,7 +167,7 @@ def _arm(scale: str, warm: str, out: str, arm: str, seed: int) -> dict[str, Any]
         await router.aclose()
         return {name: row.to_dict(items=True) for name, row in out.items()}
 
-    value = asyncio.run(rows())
+    value = asyncio.run(rows()) | {"seconds": time.perf_counter() - began}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = done.with_suffix(".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
@@ -238,14 +239,20 @@ def _judge(
             "format_error_rate",
             "competent_rate",
         )
-        out = {k: float(np.mean([r[k] for r in rows])) for k in keys if rows[0][k] is not None}
-        return out | {
-            "em_by_hops": {h: float(np.mean([r["by_hops"][h]["em"] for r in rows])) for h in rows[0]["by_hops"]}
-        }
+        out: dict[str, Any] = {k: float(np.mean([r[k] for r in rows])) for k in keys if rows[0][k] is not None}
+        for key in ("em", "calls"):
+            out[f"{key}_by_hops"] = {
+                h: float(np.mean([r["by_hops"][h][key] for r in rows])) for h in rows[0]["by_hops"]
+            }
+        return out
 
     measured: dict[str, Any] = {
-        name: {how: summary([results[name, s][how] for s in seeds]) for how in results[name, seeds[0]]} for name in ARMS
+        name: {
+            how: summary([results[name, s][how] for s in seeds]) for how in results[name, seeds[0]] if how != "seconds"
+        }
+        for name in ARMS
     }
+    measured["seconds_per_arm"] = float(np.mean([r["seconds"] for r in results.values()]))
     measured["competent_rate_per_seed"] = [results["alpha 0", s]["greedy"]["competent_rate"] for s in seeds]
     measured["baselines"] = {
         row["name"]: summary([next(r for r in per if r["name"] == row["name"]) for per in baselines])

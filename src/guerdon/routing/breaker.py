@@ -17,7 +17,7 @@ class BreakerPolicy:
     """When a breaker opens and how long it stays open.
 
     Args:
-        window_s: seconds that a result is remembered.
+        window_s: seconds that a result is remembered, to one part in 64: results are counted, not kept.
         min_calls: fewest remembered results that can open it by their failure rate.
         failure_rate: it opens when more than this share of them failed.
         consecutive: it also opens after so many failures in a row, however long ago they began.
@@ -51,12 +51,14 @@ class Breaker:
         clock: monotonic seconds.
     """
 
-    __slots__ = ("_clock", "_cooldown", "_epoch", "_events", "_failed", "_opened", "_policy", "_probing", "_row")
+    __slots__ = (
+        "_clock", "_cooldown", "_counts", "_epoch", "_failed", "_opened", "_policy", "_probing", "_row", "_seen",
+    )  # fmt: skip
 
     def __init__(self, policy: BreakerPolicy | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._policy, self._clock = policy or BreakerPolicy(), clock
-        self._events: deque[tuple[float, bool]] = deque()
-        self._failed = self._row = self._epoch = 0
+        self._counts: deque[list[float]] = deque()  # [since, results, failures], oldest first
+        self._seen = self._failed = self._row = self._epoch = 0
         self._opened: float | None = None
         self._cooldown = self._policy.cooldown_s
         self._probing = False
@@ -96,20 +98,25 @@ class Breaker:
             self._probing = False
             if ok:
                 self._opened, self._cooldown = None, self._policy.cooldown_s
-                self._events.clear()
-                self._failed = self._row = 0
+                self._counts.clear()
+                self._seen = self._failed = self._row = 0
             else:
                 self._opened, self._cooldown = now, min(self._cooldown * 2, self._policy.max_cooldown_s)
             return
-        self._events.append((now, ok))
+        window = self._policy.window_s
+        if not self._counts or now - self._counts[-1][0] > window / 64:
+            self._counts.append([now, 0, 0])
+        self._counts[-1][1] += 1
+        self._counts[-1][2] += not ok
+        self._seen += 1
         self._failed += not ok
         self._row = 0 if ok else self._row + 1
-        while now - self._events[0][0] > self._policy.window_s:
-            self._failed -= not self._events.popleft()[1]
-        many = len(self._events) >= self._policy.min_calls
-        if self._row >= self._policy.consecutive or (
-            many and self._failed > self._policy.failure_rate * len(self._events)
-        ):
+        while now - self._counts[0][0] > window:
+            _, seen, failed = self._counts.popleft()
+            self._seen -= int(seen)
+            self._failed -= int(failed)
+        many = self._seen >= self._policy.min_calls
+        if self._row >= self._policy.consecutive or (many and self._failed > self._policy.failure_rate * self._seen):
             self._opened = now
             self._epoch += 1
 

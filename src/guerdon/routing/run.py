@@ -130,7 +130,7 @@ class RunConfig(Config):
         warm_start: ``None`` starts RL from the policy as it is.
         pool: YAML file of a pool; required with ``data.train``.
         exploration: extra weight of the entropy bonus on the tokens of a search block's thought and member name.
-        seed: of data, pools, scripts and weights.
+        seed: of data, pools, scripts and weights, and of RL where ``online.seed`` is not given.
     """
 
     policy: PolicyConfig = PolicyConfig()
@@ -322,7 +322,7 @@ class RouteRun:
 
         config = self.config.online.model_copy(
             update={
-                "seed": self.config.seed,
+                "seed": self.config.online.seed if "seed" in self.config.online.model_fields_set else self.config.seed,
                 "max_observation_tokens": self.config.router.max_observation_tokens,
                 "max_tokens": self.config.router.max_turn_tokens,
             }

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guerdon.errors import GuerdonError
+from guerdon.errors import TrainingError
 from guerdon.training.config import OptimiserConfig
 
 __all__ = ["Optimiser", "TrainingError", "require_finite"]
-
-
-class TrainingError(GuerdonError, RuntimeError):
-    """A training step cannot go on (a loss, gradient or stream that is not finite); weights are untouched."""
 
 
 class Optimiser:
