@@ -202,7 +202,7 @@ def ask_command(
 @guarded
 def bench_command(
     path: Annotated[Path, typer.Argument(help="Recorded answers: LLMRouter, RouterBench or plain CSV/JSON(L).")],
-    format: Annotated[str, typer.Option(help="auto, llmrouter, nine, routerbench, csv or gsm8k.")] = "auto",
+    format: Annotated[str, typer.Option(help="auto, llmrouter, scores, routerbench, csv or gsm8k.")] = "auto",
     pool: Annotated[
         Path | None, typer.Option("--pool", help="Prices and descriptors of the members (LLMRouter's JSON).")
     ] = None,

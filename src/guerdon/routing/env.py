@@ -76,6 +76,8 @@ class RoutingEnv:
         deadline_s: seconds after which no further call is made.
         pool_for: ``pool_for(task, group)`` returns the pool of one group of episodes, where names,
             prices or skills differ from episode to episode.
+        question_word: a query that is exactly this word stands for the whole question, so that a policy need not
+            spend tokens on copying it. ``None`` (the paper) sends every query as it is.
         on_invalid: ``"continue"`` lets the policy write on after a turn without a valid action (the
             paper); ``"stop"`` ends the episode there.
     """
@@ -96,6 +98,7 @@ class RoutingEnv:
     deadline_s: float | None = None
     pool_for: Callable[[Task, int], Pool] | None = None
     on_invalid: str = "continue"
+    question_word: str | None = None
 
     def __post_init__(self) -> None:
         if self.pool is None and self.pool_for is None:
@@ -224,7 +227,8 @@ class RoutingEpisode:
     async def _route(self, turn: int, act: protocol.Action) -> Observation:
         env = self.env
         name = env.resolver(act.name, list(self.pool.values())) if env.resolver else self.pool.resolve(act.name)
-        content = act.query if env.helper_prompt is None else env.helper_prompt.replace("{query}", act.query)
+        query = self.task.question if env.question_word is not None and act.query == env.question_word else act.query
+        content = query if env.helper_prompt is None else env.helper_prompt.replace("{query}", query)
         messages = [{"role": "user", "content": content}]
         reply = await self.pool.call(
             # No member's name holds a colon, so what the resolver refused stays unknown to the pool.
@@ -249,7 +253,7 @@ class RoutingEpisode:
             usd=reply.usd,
             seconds=reply.latency_s,
         )
-        self.calls.append(CallStep(turn, act.thought, act.name, act.query, reply, shown))
+        self.calls.append(CallStep(turn, act.thought, act.name, query, reply, shown))
         if self._forced is None and self.budget is not None and not self._affordable(messages):
             self._forced = StopReason.BUDGET
         return Observation(
