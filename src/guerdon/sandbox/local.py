@@ -74,6 +74,8 @@ class LocalSandbox:
         Raises:
             SandboxError: the sandbox was closed, or its workers cannot be started.
         """
+        if self._closed:
+            raise SandboxError("this sandbox is closed")
         message = _message(job)
         worker = self._idle.get()
         try:
@@ -118,8 +120,6 @@ class LocalSandbox:
             return self._threads
 
     def _start(self) -> _Zygote:
-        if self._closed:
-            raise SandboxError("this sandbox is closed")
         worker = _Zygote()
         self._all.add(worker)
         first = not self.enforced
@@ -309,15 +309,12 @@ def run_sql(
     """Run one read-only statement against an SQLite file.
 
     Raises:
-        ConfigError: the file does not exist or is no SQLite database.
+        ConfigError: the file does not exist.
     """
     path = Path(database)
     if not path.is_file():
         raise ConfigError(f"database {str(database)!r} does not exist; give the path of an SQLite file")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head and head != b"SQLite format 3\0":
-        raise ConfigError(f"database {str(database)!r} is no SQLite file")
+    # It is not opened here: closing a file drops the locks that this process may hold on it.
     return default_sandbox().run(
         Job(
             query, "sql", database=str(path), parameters=tuple(parameters), max_rows=max_rows, limits=limits or Limits()

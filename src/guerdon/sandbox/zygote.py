@@ -259,9 +259,9 @@ def _child(
         os.chdir(folder)
         os.environ.update({"HOME": folder, "TMPDIR": folder})
         tempfile.tempdir = folder
-        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)
-        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)
+        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)  # noqa: SIM115
         limits = job["limits"]
         rights.confine(
             ruleset, place.filters, cpu_s=limits["cpu_s"], memory=limits["memory_mb"] << 20,
@@ -275,7 +275,7 @@ def _child(
         if isinstance(error.code, str):
             with contextlib.suppress(Exception):
                 print(error.code, file=sys.stderr)
-    except BaseException as error:  # the child ends here whatever happened
+    except BaseException as error:  # noqa: BLE001  the child ends here whatever happened
         code = 77 if isinstance(error, MemoryError) else 1
         with contextlib.suppress(BaseException):
             _print_error()
@@ -307,6 +307,7 @@ def _program(job: dict[str, Any]) -> int:
 
 def _calls(job: dict[str, Any]) -> int:
     import types
+
     from codec import Unsupported, decode, encode
 
     # Bound before the job's code runs: what it does to modules does not reach them.
@@ -341,6 +342,7 @@ def _calls(job: dict[str, Any]) -> int:
 
 def _sql(job: dict[str, Any]) -> int:
     import sqlite3
+
     from codec import decode, encode
 
     def allow(action: int, *_: Any) -> int:
