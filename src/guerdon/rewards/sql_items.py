@@ -141,6 +141,8 @@ class _Items:
         self.exp = _sqlglot().exp
         self.tree, self.tables, self.expand_star = tree, tables, expand_star
         self.views = {cte.alias.lower() for cte in tree.find_all(self.exp.CTE)}
+        self._known: dict[int, dict[str, str | None]] = {}
+        self._aliases: dict[int, set[str]] = {}
 
     def collect(self) -> Iterator[str]:
         exp = self.exp
@@ -160,9 +162,14 @@ class _Items:
 
     def _sources(self, select: Any) -> dict[str, str | None]:
         """Alias to base table, or to None for a subquery or a common table expression."""
-        out: dict[str, str | None] = {}
         if select is None:
-            return out
+            return {}
+        if id(select) not in self._known:
+            self._known[id(select)] = self._find_sources(select)
+        return self._known[id(select)]
+
+    def _find_sources(self, select: Any) -> dict[str, str | None]:
+        out: dict[str, str | None] = {}
         clauses = [select.args.get("from_") or select.args.get("from"), *(select.args.get("joins") or ())]
         for clause in clauses:
             source = getattr(clause, "this", None)
@@ -213,9 +220,12 @@ class _Items:
 
     def _is_alias(self, column: Any, name: str) -> bool:
         select = column.parent_select
-        return select is not None and any(
-            isinstance(e, self.exp.Alias) and e.alias.lower() == name for e in select.expressions
-        )
+        if select is None:
+            return False
+        if id(select) not in self._aliases:
+            named = (e for e in select.expressions if isinstance(e, self.exp.Alias))
+            self._aliases[id(select)] = {e.alias.lower() for e in named}
+        return name in self._aliases[id(select)]
 
     def _star(self, select: Any, qualifier: str) -> Iterator[str]:
         if not self.expand_star:
