@@ -214,12 +214,12 @@ def test_the_published_total(db: sqlite3.Connection, executor: SQLExecutor) -> N
     assert batch.parts["judge"].tolist() == [0.0, 0.5, 0.5]
     assert judge.asked == ["sql-1", "sql-2"]
     assert total.range == (0.0, 9.0)
-    with pytest.raises(ConfigError, match="unknown term 'judge'.*give judge="):
+    with pytest.raises(ConfigError, match=r"unknown term 'judge'.*give judge="):
         reasoning_sql(executor, weights={"judge": 1})
 
 
 def test_mistakes_in_the_data_are_errors_and_never_zeros(db: sqlite3.Connection, executor: SQLExecutor) -> None:
-    with pytest.raises(RewardError, match="gold query .* does not run"):
+    with pytest.raises(RewardError, match=r"gold query .* does not run"):
         ExecutionMatch(executor)(["SELECT 1"], ["SELECT nope FROM emp"], [db])
     with pytest.raises(RewardError, match="cannot parse"):
         SchemaOverlap()(["SELECT 1"], ["SELECT FROM WHERE ("], [SCHEMA])

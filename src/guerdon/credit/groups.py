@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from guerdon.parts import part
+
 __all__ = ["GroupStatistics", "group_relative", "group_statistics", "leave_one_out"]
 
 
@@ -64,6 +66,7 @@ def group_statistics(rewards_B: Tensor, group_ids_B: Tensor, valid_B: Tensor | N
     return GroupStatistics(mean, std, count, others)
 
 
+@part("credit")
 def group_relative(
     rewards_B: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None, *, scale: bool = True, eps: float = 1e-6
 ) -> Tensor:
@@ -79,10 +82,11 @@ def group_relative(
     # Equal rewards may differ from their mean by rounding; divided by eps that would not be nothing.
     flat = s.std <= 1e-12 * s.mean.abs().clamp(min=1.0)
     centred = torch.where(flat, 0.0, centred)
-    out = centred / (s.std + eps) if scale else centred
+    out = centred / torch.where(flat, 1.0, s.std + eps) if scale else centred
     return out.to(rewards_B.dtype if rewards_B.is_floating_point() else torch.float32)
 
 
+@part("credit")
 def leave_one_out(rewards_B: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
     """Reward minus the mean of the other members of the group; 0 in a group of one and for invalid members.
 

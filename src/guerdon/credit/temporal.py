@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from guerdon.parts import part
+
 __all__ = ["broadcast_outcome", "gae", "place_outcome", "returns", "whiten"]
 
 
@@ -14,6 +16,7 @@ def _same(**tensors: Tensor) -> None:
         raise ValueError(f"expected equal [B, T] shapes, got {shapes}")
 
 
+@part("credit")
 def gae(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:

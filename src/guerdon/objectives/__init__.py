@@ -6,7 +6,13 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "cispo": "policy_gradient",
     "entropy_bonus": "reduce",
+    "gspo": "sequence",
+    "implicit_ce": "implicit",
+    "implicit_dpo": "implicit",
+    "implicit_kto": "implicit",
+    "implicit_nca": "implicit",
     "kl_estimate": "kl",
     "kl_k1": "kl",
     "kl_k2": "kl",
@@ -15,6 +21,8 @@ _HOME = {
     "log_ratio": "policy_gradient",
     "masked_mean": "reduce",
     "ppo_clip": "policy_gradient",
+    "reinforce": "policy_gradient",
+    "sequence_log_ratio": "sequence",
     "sequence_mean_token_mean": "reduce",
     "sequence_mean_token_sum_norm": "reduce",
     "truncated_importance_weight": "policy_gradient",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_LOG_RATIO", "log_ratio", "ppo_clip", "truncated_importance_weight"]
+from guerdon.parts import part
+
+__all__ = ["MAX_LOG_RATIO", "cispo", "log_ratio", "ppo_clip", "reinforce", "truncated_importance_weight"]
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios beyond this are held, so that no exponential overflows; such tokens are far outside any clip range."""
@@ -16,6 +18,7 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
+@part("objective")
 def ppo_clip(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -54,6 +57,44 @@ def ppo_clip(
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return loss
+
+
+@part("objective")
+def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """``-A * log pi`` of each token: the plain policy gradient, right for tokens of the present policy alone.
+
+    Args:
+        logprobs: of the chosen tokens under the current policy, any shape.
+        old_logprobs: not read; every objective has the same three first arguments.
+        advantages: same shape as ``logprobs``, a constant of the loss.
+
+    Source: Williams 1992.
+    """
+    return -advantages.detach() * logprobs
+
+
+@part("objective")
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+) -> Tensor:
+    """``-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * log pi`` of each token: the weight is clipped, not the token.
+
+    Where PPO's clip takes a token out of the gradient, here it keeps its gradient at a bounded weight.
+
+    Args:
+        logprobs, old_logprobs, advantages: as for :func:`ppo_clip`.
+        clip_low: 1 for no lower bound, as in the paper.
+        clip_high: the weight is at most ``1 + clip_high``.
+
+    Source: CISPO, MiniMax 2025 (MiniMax-M1, arXiv 2506.13585), eq. 4 and 5; it states no upper bound, and 5 is what
+    later studies of it found to be uncritical.
+    """
+    weight = log_ratio(logprobs.detach(), old_logprobs.detach()).exp().clamp(1 - clip_low, 1 + clip_high)
+    return -weight * advantages.detach() * logprobs
 
 
 def truncated_importance_weight(logprobs: Tensor, sampling_logprobs: Tensor, cap: float = 2.0) -> Tensor:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from guerdon.errors import ConfigError, DataError, EngineError
+from guerdon.policies.direct import DirectTrunk, direct_trunk, grouped_sdpa
 from guerdon.policies.packing import TokenBatch
 from guerdon.policies.probe import Sharing, check_head, sharing
 from guerdon.policies.tree import attending
@@ -227,6 +228,10 @@ def _way(base: Any, batch: TokenBatch) -> Sharing:
 def _hidden(base: Any, batch: TokenBatch, way: Sharing) -> Tensor:
     """Last hidden states ``[R * T, hidden]``; zero or arbitrary at padding."""
     trunk = _trunk(base)
+    if way != "mask" or batch.tree is None:
+        direct = direct_trunk(base, context=batch.context)
+        if direct is not None:
+            return _directly(direct, batch)
     if batch.tree is None:
         # Right padding is behind everything that counts, so the model's own causal pass is exact.
         out = _last(trunk(input_ids=batch.input_ids, use_cache=False))
@@ -249,6 +254,27 @@ def _hidden(base: Any, batch: TokenBatch, way: Sharing) -> Tensor:
     if layout.calls == 0:
         raise EngineError(f"{type(base).__name__} does not use the attention functions of transformers")
     return out[0].index_select(0, layout.compact)
+
+
+def _directly(trunk: DirectTrunk, batch: TokenBatch) -> Tensor:
+    """As :func:`_hidden`, on the trunk written out."""
+    shape = batch.input_ids.shape
+    flat = batch.input_ids.reshape(-1), batch.position_ids.reshape(-1)
+    if batch.tree is None:
+
+        def rows(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            heads = (x.view(*shape, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
+            return grouped_sdpa(*heads, None, causal=True, scaling=trunk.scaling).transpose(1, 2).reshape(len(q), -1)
+
+        return trunk(*flat, rows)
+    layout = batch.tree.layout(batch.input_ids.device)
+    layout.prepare(trunk.dtype)
+    try:
+        ids, positions = (x.index_select(0, layout.tokens) for x in flat)
+        out = trunk(ids, positions, lambda _, q, k, v: layout.attend(q, k, v, scaling=trunk.scaling))
+    finally:
+        layout.finish()
+    return out.index_select(0, layout.compact)
 
 
 def _softcap(config: Any) -> float | None:

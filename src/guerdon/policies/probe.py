@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from guerdon.errors import EngineError
 
 if TYPE_CHECKING:
+    from guerdon.policies.direct import DirectTrunk
     from guerdon.policies.packing import TokenBatch
 
-__all__ = ["check_head", "sharing"]
+__all__ = ["check_direct", "check_head", "sharing"]
 
 Sharing = Literal["tree", "mask"]
 Run = Callable[[Any, "TokenBatch", Sharing], Tensor]
 
+_direct: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[Any] = weakref.WeakSet()
 _sharing: weakref.WeakKeyDictionary[Any, dict[str, Sharing]] = weakref.WeakKeyDictionary()
 
@@ -81,6 +83,23 @@ def sharing(base: Any, run: Run) -> Sharing:
             )
         known[state] = works
     return known[state]
+
+
+def check_direct(base: Any, trunk: DirectTrunk) -> bool:
+    """Whether the trunk written out gives the model's own hidden states; tried once per model."""
+    if base not in _direct:
+        from guerdon.policies.direct import grouped_sdpa
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return grouped_sdpa(*heads, None, causal=True, scaling=trunk.scaling)[0].transpose(0, 1).flatten(1)
+
+        with _quietly(base) as device:
+            ids = _tokens(base, 24, device)
+            ours = trunk(ids, torch.arange(len(ids), device=device), attend)
+            theirs = base.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        _direct[base] = _close(ours, theirs, theirs.dtype)
+    return _direct[base]
 
 
 def _same(base: Any, run: Run, way: Sharing) -> bool:

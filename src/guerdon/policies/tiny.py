@@ -7,7 +7,7 @@ works on a model of any size. Tests, smoke scales and the demo use them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -87,6 +87,8 @@ def tiny_policy(
     max_context: int = 1024,
     value_head: bool = False,
     init_std: float = 0.06,
+    init: Literal["random", "recall"] = "random",
+    rope_theta: float | None = None,
     seed: int = 0,
     name: str = "tiny",
 ) -> Policy:
@@ -101,6 +103,9 @@ def tiny_policy(
         value_head: add one.
         init_std: of the initial weights. The usual 0.02 suits widths of a thousand; at a width of a hundred
             it leaves attention flat for hundreds of steps.
+        init: ``"recall"`` starts from weights that already look back and look up (see :func:`_recall`), as every
+            pretrained model does; two layers and two or three heads at least. The rest stays random.
+        rope_theta: base of the rotary frequencies; 10,000, and 1,000,000 with ``init="recall"``.
         seed: of the weights. The global random state is left alone.
 
     Raises:
@@ -108,6 +113,13 @@ def tiny_policy(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if init not in ("random", "recall"):
+        raise ConfigError(f"init must be 'random' or 'recall', got {init!r}")
+    if init == "recall" and (layers < 2 or heads not in (2, 3) or hidden % 3 or hidden // heads < 48):
+        raise ConfigError(
+            "init='recall' needs two layers, two or three heads of at least 48 dimensions and a hidden size that is a "
+            f"multiple of 3 (192 with 2 heads, say), got layers={layers}, heads={heads}, hidden={hidden}"
+        )
     if hidden % heads or (hidden // heads) % 2:
         raise ConfigError(
             f"hidden must be a multiple of heads with an even quotient, got hidden={hidden}, heads={heads}"
@@ -123,6 +135,9 @@ def tiny_policy(
         num_key_value_heads=heads,
         max_position_embeddings=max_context,
         initializer_range=init_std,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": rope_theta or (1_000_000.0 if init == "recall" else 10_000.0),
+        },
         # Without biases a head can only look one position back once all embeddings share a direction: slow to learn.
         attention_bias=True,
         tie_word_embeddings=True,
@@ -133,6 +148,71 @@ def tiny_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        if init == "recall":
+            _recall(model)
     model.eval()
     policy = Policy(model, tokenizer, name=name)
     return policy.add_value_head() if value_head else policy
+
+
+_EMBEDDING, _NORM = 0.5, 0.3
+_BACK, _MATCH, _COPY = 6.0, 18.0, 2.0
+
+
+@torch.no_grad()
+def _recall(model: Any) -> None:
+    """Overwrite some random weights by a circuit that finds what followed the last two tokens before, and says it.
+
+    The residual stream has three thirds. The first holds a token's own embedding. Head k of layer 0 looks k + 1
+    positions back, through its biases and the fast rotary dimensions alone, and writes what it finds into the
+    following third. Head 0 of layer 1 compares a token and the one before it with the two tokens before each earlier
+    position, in the slow rotary dimensions, which distance hardly turns, and adds the token that stands there to
+    the first third, from which the tied output reads. These are the induction heads of Olsson et al. 2022
+    ("In-context Learning and Induction Heads"), which large models grow early in pretraining; that initial weights
+    with structure spare small models the wait is known from Trockman and Kolter 2023 ("Mimetic Initialization").
+
+    Why the defaults of Llama would not do: with a base of 10,000 and heads of 32 dimensions, rotation by distance
+    leaves ten dimensions in which contents can be compared over a prompt's length; and a final norm of gain 1 over
+    embeddings of length 1 takes hundreds of steps to become sure of any token.
+    """
+    trunk, config = model.model, model.config
+    heads, width = config.num_attention_heads, config.hidden_size // 3
+    size = config.hidden_size // heads
+    theta = float(config.rope_parameters["rope_theta"])
+    # Rotary dimensions i and i + size / 2 turn together, by this angle per position.
+    turn = theta ** -(torch.arange(0, size, 2).float() / size)
+    trunk.norm.weight.fill_(_NORM)
+    trunk.embed_tokens.weight.normal_(0.0, _EMBEDDING)
+    trunk.embed_tokens.weight[:, width:] *= 0.1
+
+    look, copied = trunk.layers[0].self_attn, torch.eye(width)
+    fast = (turn >= 0.2).float()
+    amplitude = (_BACK / ((1 - turn.cos()) * fast).sum() * size**0.5) ** 0.5
+    for back in (1, 2):
+        rows = slice((back - 1) * size, back * size)
+        look.q_proj.bias[rows] = amplitude * torch.cat([fast, torch.zeros_like(fast)])
+        look.k_proj.bias[rows] = amplitude * torch.cat([fast * (back * turn).cos(), fast * (back * turn).sin()])
+        look.q_proj.weight[rows] *= 0.3
+        look.k_proj.weight[rows] *= 0.3
+        look.v_proj.weight[rows] = 0.0
+        look.v_proj.weight[rows][:width, :width] = copied
+        look.o_proj.weight[:, rows] = 0.0
+        look.o_proj.weight[back * width : (back + 1) * width, rows][:, :width] = _EMBEDDING * copied
+
+    match = trunk.layers[1].self_attn
+    slow = torch.nonzero(turn < 0.006)[:, 0].tolist()
+    dims = slow + [i + size // 2 for i in slow]
+    scale = (_MATCH * size**0.5 / len(dims)) ** 0.5
+    match.q_proj.weight[:size] *= 0.1
+    match.k_proj.weight[:size] *= 0.1
+    for third, chosen in enumerate((dims[0::2], dims[1::2])):
+        directions = torch.linalg.qr(torch.randn(width, width))[0][: len(chosen)]
+        for direction, dim in zip(directions, chosen, strict=False):
+            match.q_proj.weight[dim] = 0.0
+            match.k_proj.weight[dim] = 0.0
+            match.q_proj.weight[dim, third * width : (third + 1) * width] = scale * direction
+            match.k_proj.weight[dim, (third + 1) * width : (third + 2) * width] = scale * direction
+    match.v_proj.weight[:size] = 0.0
+    match.v_proj.weight[:width, :width] = copied
+    match.o_proj.weight[:, :size] = 0.0
+    match.o_proj.weight[:width, :width] = _COPY * _EMBEDDING * copied

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from guerdon.errors import EngineError
+from guerdon.policies.direct import grouped_sdpa
 
 __all__ = ["Tree", "tree_attention"]
 
@@ -116,7 +117,7 @@ class _Layout:
             block = _block(prefix_at[chosen], prefix[chosen], own_at[chosen], own[chosen], causal)
             wide = block.queries.shape[1]
             for b, k in enumerate(chosen):
-                first = base + b * wide + (prefix[k] if causal else 0)
+                first = base + b * wide
                 slots[own_at[k] : own_at[k] + own[k]] = np.arange(first, first + own[k])
             base += block.queries.size
             blocks.append(block)
@@ -154,46 +155,39 @@ class _Layout:
         """Let the masks go."""
         self._masks = []
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """Attention of all tokens: heads first ``[1, H, M, D]`` in, tokens first ``[1, M, H, D]`` out."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None, dropout: float = 0.0
+    ) -> Tensor:
+        """Attention of all tokens: queries ``[M, H, D]``, keys and values ``[M, KV, D]`` in, ``[M, H * D]`` out."""
         self.calls += 1
-        flat = [x[0].transpose(0, 1).reshape(x.shape[2], -1) for x in (query, key, value)]
-        heads = [x.shape[1] for x in (query, key, value)]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        flat = [x.reshape(len(x), -1) for x in (query, key, value)]
         out = []
         for (queries, keys, _), mask in zip(self._blocks, self._masks, strict=True):
             q, k, v = (
-                x.index_select(0, index.reshape(-1)).view(*index.shape, h, -1).transpose(1, 2)
-                for x, h, index in zip(flat, heads, (queries, keys, keys), strict=True)
+                x.index_select(0, index.reshape(-1)).view(*index.shape, -1, query.shape[-1]).transpose(1, 2)
+                for x, index in zip(flat, (queries, keys, keys), strict=True)
             )
-            done, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **options)
-            out.append(done.reshape(queries.numel(), heads[0], -1))
-        return torch.cat(out).index_select(0, self._slots)[None]
+            done = grouped_sdpa(q, k, v, mask, causal=mask is None, scaling=scale, dropout=dropout)
+            out.append(done.transpose(1, 2).reshape(queries.numel(), -1))
+        return torch.cat(out).index_select(0, self._slots)
 
 
 def _similar(prefix: np.ndarray, own: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:
-    """Sort segments into blocks that pad little; each with whether it computes its prefix's queries too.
-
-    Doing so costs ``(p + n)^2 / 2`` and needs no mask, leaving them out costs ``n (p + n)`` and needs one.
-    """
-    causal = prefix < own
+    """Sort segments into blocks that pad little; each with whether it is plainly causal (has no prefix)."""
+    causal = prefix == 0
     order = np.lexsort((prefix, own, causal))[::-1]
     start, work, most_p, most_n = 0, 0, 0, 0
     for i, k in enumerate(order):
         p, n = int(prefix[k]), int(own[k])
         high_p, high_n = max(most_p, p), max(most_n, n)
-        padded = (i - start + 1) * _work(high_p, high_n, bool(causal[k]))
-        real = work + _work(p, n, bool(causal[k]))
+        padded = (i - start + 1) * high_n * (high_p + high_n)
+        real = work + n * (p + n)
         if i > start and (causal[k] != causal[order[start]] or (i - start >= _FEW and padded > _SLACK * real)):
             yield order[start:i], bool(causal[order[start]])
-            start, real, high_p, high_n = i, _work(p, n, bool(causal[k])), p, n
+            start, real, high_p, high_n = i, n * (p + n), p, n
         work, most_p, most_n = real, high_p, high_n
     yield order[start:], bool(causal[order[start]])
-
-
-def _work(prefix: int, own: int, causal: bool) -> int:
-    return (prefix + own) ** 2 // 2 if causal else own * (prefix + own)
 
 
 def _block(prefix_at: np.ndarray, prefix: np.ndarray, own_at: np.ndarray, own: np.ndarray, causal: bool) -> _Block:
@@ -228,7 +222,9 @@ def tree_attention(
     extra = next((k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None), None)
     if layout is None or extra is not None or query.shape[0] != 1 or query.shape[2] != len(layout.tokens):
         raise EngineError(f"tree attention cannot serve {type(module).__name__} ({extra or 'not a packed pass'})")
-    return layout.attend(module, query, key, value, scaling=scaling, dropout=dropout), None
+    flat = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = layout.attend(*flat, scaling=scaling, dropout=dropout)
+    return out.view(1, len(out), query.shape[1], -1), None
 
 
 @contextmanager

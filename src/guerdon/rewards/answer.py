@@ -72,6 +72,7 @@ def _f1(answer: str, gold: str) -> float:
 class _Answer(Reward):
     """Reads the last ``<tag>`` block and compares it with the golds in ``task.reference``."""
 
+    gives = frozenset({"outcome"})
     range = (0.0, 1.0)
 
     def __init__(

@@ -2,44 +2,99 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from guerdon.errors import ConfigError, GuerdonError, RewardError
-from guerdon.types import Score, StopReason, Task, Trajectory, Turn, validate_score
+from guerdon.errors import BudgetExceeded, ConfigError, MissingDependency, RewardError
+from guerdon.rewards.awaiting import Timeout, wait, wait_each
+from guerdon.types import Score, StopReason, Task, Trajectory, Turn, action_mask, validate_score
 
-__all__ = ["Reward", "Weighted", "reward_values"]
+__all__ = ["FunctionReward", "Progress", "Reward", "Weighted", "as_reward", "reward_values", "step_fault", "takes_progress"]
 
 OnError = Literal["raise", "drop"] | float
+
+_FATAL = (ConfigError, MissingDependency, BudgetExceeded)
+"""Not failures of a score: the set-up is wrong, or the money is spent, and the next batch would end the same way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training run is, for rewards and shapes that change with it.
+
+    Args:
+        step: steps that are done.
+        total: steps of the whole run.
+    """
+
+    step: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """From 0 at the first step to 1 at the last."""
+        return min(1.0, self.step / max(1, self.total - 1))
+
+
+def takes_progress(function: Callable[..., Any]) -> bool:
+    """Whether a callable has a parameter ``progress``."""
+    try:
+        return "progress" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 class Reward:
     """Base class. A subclass overrides :meth:`score` (a batch) or :meth:`score_one` (one trajectory).
 
+    Either may be a coroutine function, and either may have a keyword ``progress`` (a :class:`Progress`): training
+    passes it on, so that a reward can change during a run; outside training it is ``None``.
+
     Args:
         name: under which it appears in logs, parts and errors; the class's name by default.
-        on_error: what an exception, ``None``, NaN, a wrong type or a wrong number of scores means:
-            ``"raise"`` a :class:`~guerdon.errors.RewardError` that names reward and task, ``"drop"`` an
-            invalid score (a trainer leaves such a trajectory out), or a number that is used instead. Every
-            failure is counted in :attr:`failures`.
+        on_error: what an exception, a time-out, ``None``, NaN, an infinity, a wrong type, a wrong number of scores or
+            a step outside the response means: ``"raise"`` a :class:`~guerdon.errors.RewardError` that names reward and
+            task, ``"drop"`` an invalid score (a trainer leaves such a trajectory out of loss and statistics), or a
+            number that is used instead. Every failure is counted in :attr:`failures`.
+        timeout: seconds that one score may take (all scores together, where :meth:`score` is overridden).
+        workers: how many trajectories are scored at once by ``score_one``: coroutines all together by default, plain
+            functions one after the other; with a number, plain functions run in threads.
 
     Attributes:
         range: lowest and highest value that the reward can take.
-        failures: number of failures by kind since the reward was made.
+        gives: what its scores carry: ``"outcome"``, and ``"steps"`` or ``"tokens"`` where it has them. A trainer
+            refuses credit rules that read what is not there. ``None``: not known before the first score.
+        failures: number of failures by reason since the reward was made: ``exception``, ``timeout``, ``none``,
+            ``type``, ``non-finite``, ``length``, ``span`` and ``invalid`` (the reward itself gave an invalid score).
     """
 
     range: tuple[float, float] = (-math.inf, math.inf)
+    gives: frozenset[str] | None = None
+    timeout: float | None = None
+    workers: int | None = None
 
-    def __init__(self, *, name: str | None = None, on_error: OnError = "raise") -> None:
-        if isinstance(on_error, str) and on_error not in ("raise", "drop"):
-            raise ConfigError(f"on_error must be 'raise', 'drop' or a number, got {on_error!r}")
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        on_error: OnError = "raise",
+        timeout: float | None = None,
+        workers: int | None = None,
+    ) -> None:
+        check_on_error(on_error)
+        if timeout is not None and not timeout > 0:
+            raise ConfigError(f"timeout must be a positive number of seconds, got {timeout}")
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers must be at least 1, got {workers}")
         self.name = name or type(self).__name__
         self.on_error: OnError = on_error
+        self.timeout, self.workers = timeout, workers
         self.failures: Counter[str] = Counter()
+        self._error: BaseException | None = None
 
     def score_one(self, trajectory: Trajectory) -> Any:
         """Score one trajectory: a number or a :class:`~guerdon.types.Score`; may be a coroutine function."""
@@ -49,14 +104,62 @@ class Reward:
         """Score a batch, in order; may be a coroutine function."""
         return [self.score_one(t) for t in trajectories]
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
-        """Score trajectories; failures are handled as :attr:`on_error` says, never as a silent 0."""
-        return self._checked(trajectories, self._run(trajectories))
+    def __call__(self, trajectories: Sequence[Trajectory], *, progress: Progress | None = None) -> list[Score]:
+        """Score trajectories; failures are handled as :attr:`on_error` says, never as a silent 0.
+
+        Raises:
+            RewardError: ``on_error="raise"`` and a score failed; the text names reward and task.
+            ConfigError, MissingDependency: the reward is set up wrongly. No ``on_error`` covers that.
+        """
+        scores, fatal = self.assess(trajectories, progress=progress)
+        for score, ends in zip(scores, fatal, strict=True):
+            if ends:
+                raise RewardError(score.reason) from self.cause()
+        return scores
+
+    def assess(
+        self, trajectories: Sequence[Trajectory], *, progress: Progress | None = None
+    ) -> tuple[list[Score], list[bool]]:
+        """Scores, and for each whether it is a failure that calling the reward would raise.
+
+        Combinations of rewards and trainers use this: they see every failure of a batch, and decide themselves.
+        """
+        scores: list[Score] = []
+        fatal: list[bool] = []
+        self._error = None
+        for trajectory, value in zip(trajectories, self._run(trajectories, progress), strict=True):
+            score, fault = self._checked(trajectory, value)
+            if fault is not None:
+                self.failures[fault] += 1
+            if not score.valid and not isinstance(self.on_error, str):
+                score = Score(float(self.on_error), parts={**_finite(score.parts), f"{self.name}/failed": 1.0})
+            scores.append(score)
+            fatal.append(not score.valid and self.on_error == "raise")
+        return scores, fatal
+
+    def cause(self) -> BaseException | None:
+        """The first exception of the last batch, of this reward or of a part of it."""
+        return self._error or next((e for e in (one.cause() for one in self.parts()) if e is not None), None)
 
     def text(self, *, completion: str, reference: Any = None, prompt: str = "", **info: Any) -> Score:
         """Score a plain string as if a policy had written it in one turn."""
         task = Task("text", prompt, reference)
         return self([Trajectory(task, (Turn("policy", completion),), StopReason.DONE, info=info)])[0]
+
+    def parts(self) -> Iterator[Reward]:
+        """Rewards that this one is made of: attributes that are rewards, or sequences of them."""
+        for value in vars(self).values():
+            for item in value if isinstance(value, list | tuple) else (value,):
+                for one in item if isinstance(item, tuple) else (item,):
+                    if isinstance(one, Reward):
+                        yield one
+
+    def failure_counts(self) -> Counter[tuple[str, str]]:
+        """Failures of this reward and of all its parts, by ``(name of the reward, reason)``."""
+        counts: Counter[tuple[str, str]] = Counter({(self.name, reason): n for reason, n in self.failures.items()})
+        for one in self.parts():
+            counts += one.failure_counts()
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """State that a resumed run needs; empty for stateless rewards."""
@@ -78,54 +181,181 @@ class Reward:
     def __radd__(self, other: Any) -> Any:
         return self if other == 0 else NotImplemented
 
-    def _run(self, trajectories: Sequence[Trajectory]) -> list[Any]:
+    def _run(self, trajectories: Sequence[Trajectory], progress: Progress | None) -> Sequence[Any]:
+        """What the subclass returns for each trajectory; an exception where it raised."""
+        if type(self).score is Reward.score:
+            more = {"progress": progress} if takes_progress(self.score_one) else {}
+            calls = [partial(self.score_one, t, **more) for t in trajectories]
+            return [_ours(value) for value in wait_each(calls, timeout=self.timeout, workers=self.workers)]
+        more = {"progress": progress} if takes_progress(self.score) else {}
         try:
-            raw = self.score(trajectories)
-            if inspect.isawaitable(raw):
-                raw = _wait(raw)
-            raw = list(raw)
-            if any(inspect.isawaitable(r) for r in raw):
-                raw = _wait(_settle(raw))
-        except GuerdonError as error:
-            raw = self._each(trajectories, error)
+            raw = _listed(wait(partial(self.score, trajectories, **more), self.timeout))
+            if isinstance(raw, list) and any(inspect.isawaitable(r) for r in raw):
+                raw = wait_each([partial(_itself, r) for r in raw], timeout=self.timeout, workers=None)
+        except _FATAL:
+            raise
         except Exception as error:  # noqa: BLE001  a user's reward may raise anything; it is named and counted
-            raw = self._each(trajectories, error)
+            # A batch is not scored again one by one: its reward may hold state that must advance once.
+            raw = [error] * len(trajectories)
+        if not isinstance(raw, list):
+            return [_Fault("type", f"returned {type(raw).__name__}, a sequence of scores is expected")] * len(trajectories)
         if len(raw) != len(trajectories):
-            return [
-                Score.invalid(f"reward {self.name!r} returned {len(raw)} scores for {len(trajectories)} trajectories")
-            ] * len(trajectories)
+            return [_Fault("length", f"returned {len(raw)} scores for {len(trajectories)} trajectories")] * len(
+                trajectories
+            )
+        return [_ours(value) for value in raw]
+
+    def _checked(self, trajectory: Trajectory, value: Any) -> tuple[Score, str | None]:
+        """A valid score and None, or an invalid one and the reason under which it is counted."""
+        who, task = f"reward {self.name!r}", f"for task {trajectory.task.id!r}"
+        if isinstance(value, _Fault):
+            return Score.invalid(f"{who} {value.text} ({task})"), value.reason
+        if isinstance(value, Timeout):
+            return Score.invalid(f"{who} timed out {task}: {value}"), "timeout"
+        if isinstance(value, BaseException):
+            self._error = self._error or value
+        if isinstance(value, RewardError):
+            # It names its own reward and task; those of the whole would only be in front of it.
+            return Score.invalid(str(value)), "exception"
+        if isinstance(value, BaseException):
+            return Score.invalid(f"{who} raised {type(value).__name__} {task}: {value}"), "exception"
+        score = validate_score(_plain(value), reward=self.name, task_id=trajectory.task.id)
+        if score.valid:
+            wrong = step_fault(score, trajectory)
+            return (score, None) if wrong is None else (Score.invalid(f"{who}: {wrong}", **score.parts), "span")
+        if value is None:
+            return score, "none"
+        if not isinstance(value, Score):
+            return score, "type" if not isinstance(_plain(value), int | float) else "non-finite"
+        return score, "non-finite" if value.valid else "invalid"
+
+
+def step_fault(score: Score, trajectory: Trajectory) -> str | None:
+    """What is wrong with the places of a score's step and token values, in words; None where nothing is.
+
+    Steps cover policy tokens of the response, at least one each, in order and without overlap; token values are as many
+    as there are response tokens. A trajectory without recorded ids has no places, and passes.
+    """
+    length = len(trajectory)
+    if length == 0:
+        return None
+    if score.tokens is not None and len(score.tokens) != length:
+        return f"{len(score.tokens)} token values for the {length} response tokens of task {trajectory.task.id!r}"
+    if not score.step_spans:
+        return None
+    mask = action_mask(trajectory)
+    previous = 0
+    for k, span in enumerate(score.step_spans):
+        if span.start < previous or span.stop > length or not len(span) or not all(mask[span.start : span.stop]):
+            return (
+                f"step {k} of task {trajectory.task.id!r} is [{span.start}, {span.stop}) of a response of {length} tokens; "
+                "steps cover policy tokens only, at least one each, in order and without overlap"
+            )
+        previous = span.stop
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """A failure of the whole batch that is no exception."""
+
+    reason: str
+    text: str
+
+
+def check_on_error(on_error: Any) -> None:
+    """Refuse what is neither ``"raise"``, ``"drop"`` nor a finite number."""
+    number = isinstance(on_error, int | float) and not isinstance(on_error, bool) and math.isfinite(on_error)
+    if not number and on_error not in ("raise", "drop"):
+        raise ConfigError(f"on_error must be 'raise', 'drop' or a finite number, got {on_error!r}")
+
+
+def _listed(raw: Any) -> Any:
+    """A list of what an iterable or an array holds; text, mappings and the rest as they are."""
+    if hasattr(raw, "tolist"):
+        raw = raw.tolist()
+    if isinstance(raw, str | bytes | Mapping) or not hasattr(raw, "__iter__"):
         return raw
+    return list(raw)
 
-    def _each(self, trajectories: Sequence[Trajectory], error: Exception) -> list[Any]:
-        """The batch failed as a whole: find out which trajectories it was."""
-        if type(self).score is not Reward.score or len(trajectories) == 1:
-            return [self._invalid(error, t) for t in trajectories]
-        out: list[Any] = []
-        for trajectory in trajectories:
-            try:
-                value = self.score_one(trajectory)
-                out.append(_wait(value) if inspect.isawaitable(value) else value)
-            except Exception as single:  # noqa: BLE001  as above
-                out.append(self._invalid(single, trajectory))
-        return out
 
-    def _invalid(self, error: Exception, trajectory: Trajectory) -> Score:
-        return Score.invalid(
-            f"reward {self.name!r} raised {type(error).__name__} for task {trajectory.task.id!r}: {error}"
+def _plain(value: Any) -> Any:
+    """Python's number for a number of numpy or torch; anything else as it is."""
+    if isinstance(value, bool | int | float | Score) or not hasattr(value, "item") or getattr(value, "size", 1) == 0:
+        return value
+    try:
+        return value.item()
+    except (TypeError, ValueError, RuntimeError):
+        return value
+
+
+def _finite(parts: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in parts.items() if math.isfinite(value)}
+
+
+def _ours(value: Any) -> Any:
+    """Pass on a value; mistakes in the set-up are raised, whatever failures mean."""
+    if isinstance(value, _FATAL):
+        raise value
+    return value
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+class FunctionReward(Reward):
+    """A plain function of trajectories as a reward.
+
+    Args:
+        function: maps a sequence of trajectories to as many numbers or scores; may be a coroutine function and may
+            have a keyword ``progress``.
+        name: default: the function's ``name``, ``__name__`` or class.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        on_error: OnError | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        label = getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+        given = getattr(function, "on_error", "raise") if on_error is None else on_error
+        super().__init__(name=name or str(label), on_error=given, timeout=timeout)
+        self.function = function
+        self.gives = getattr(function, "gives", None)
+        self._progress = takes_progress(function)
+
+    def score(self, trajectories: Sequence[Trajectory], progress: Progress | None = None) -> Any:
+        """Call the function."""
+        return self.function(trajectories, progress=progress) if self._progress else self.function(trajectories)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the function, if it has any."""
+        return dict(self.function.state_dict()) if hasattr(self.function, "state_dict") else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        if hasattr(self.function, "load_state_dict"):
+            self.function.load_state_dict(state)
+
+
+def as_reward(value: Any, *, timeout: float | None = None) -> Reward:
+    """A reward as it is; any other callable on trajectories as a :class:`FunctionReward`.
+
+    Raises:
+        ConfigError: it cannot be called.
+    """
+    if isinstance(value, Reward):
+        return value
+    if not callable(value):
+        raise ConfigError(
+            f"a reward is a guerdon reward or a callable on trajectories, got {type(value).__name__}; "
+            "see guerdon.rewards.Reward"
         )
-
-    def _checked(self, trajectories: Sequence[Trajectory], raw: Sequence[Any]) -> list[Score]:
-        out: list[Score] = []
-        for trajectory, value in zip(trajectories, raw, strict=True):
-            score = validate_score(value, reward=self.name, task_id=trajectory.task.id)
-            if not score.valid:
-                self.failures["raised" if "raised" in (score.reason or "") else "invalid"] += 1
-                if self.on_error == "raise":
-                    raise RewardError(score.reason)
-                if not isinstance(self.on_error, str):
-                    score = Score(float(self.on_error), parts={**score.parts, f"{self.name}/failed": 1.0})
-            out.append(score)
-        return out
+    return FunctionReward(value, timeout=timeout)
 
 
 class Weighted(Reward):
@@ -133,24 +363,56 @@ class Weighted(Reward):
 
     A term without a valid score makes the sum invalid: leaving it out would let the trajectory compete with
     others that were scored in full.
+
+    Args:
+        terms: rewards with their weights.
+        on_error: ``None`` follows the term that failed; anything else overrides the terms.
     """
 
     def __init__(
-        self, terms: Sequence[tuple[Reward, float]], *, name: str | None = None, on_error: OnError = "raise"
+        self,
+        terms: Sequence[tuple[Reward, float]],
+        *,
+        name: str | None = None,
+        on_error: OnError | None = None,
     ) -> None:
-        super().__init__(name=name or " + ".join(r.name for r, _ in terms), on_error=on_error)
+        super().__init__(name=name or " + ".join(r.name for r, _ in terms), on_error=on_error or "raise")
+        self.on_error: OnError | None = on_error  # type: ignore[assignment]
         self.terms = list(terms)
         self.range = (
             sum(min(w * b for b in r.range) for r, w in terms),
             sum(max(w * b for b in r.range) for r, w in terms),
         )
+        known = [r.gives for r, _ in terms]
+        self.gives = None if None in known else frozenset().union(*(k for k in known if k))
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+    def score(self, trajectories: Sequence[Trajectory], progress: Progress | None = None) -> list[Score]:
         """Sum the terms' outcomes; step and token values are summed where the terms agree on their spans."""
-        columns = [reward(trajectories) for reward, _ in self.terms]
+        return self.assess(trajectories, progress=progress)[0]
+
+    def assess(
+        self, trajectories: Sequence[Trajectory], *, progress: Progress | None = None
+    ) -> tuple[list[Score], list[bool]]:
+        """As :meth:`Reward.assess`; a term's failure is the sum's, and is counted with the term."""
+        columns = [reward.assess(trajectories, progress=progress) for reward, _ in self.terms]
         names = _unique([reward.name for reward, _ in self.terms])
         weights = [w for _, w in self.terms]
-        return [_sum(row, weights, names) for row in zip(*columns, strict=True)]
+        scores: list[Score] = []
+        fatal: list[bool] = []
+        for k in range(len(trajectories)):
+            row = [found[k] for found, _ in columns]
+            score = _sum(row, weights, names)
+            ends = any(flags[k] for _, flags in columns)
+            if not score.valid and all(s.valid for s in row):
+                self.failures["span"] += 1
+                ends = True
+            if not score.valid and self.on_error is not None:
+                ends = self.on_error == "raise"
+                if not isinstance(self.on_error, str):
+                    score = Score(float(self.on_error), parts={**_finite(score.parts), f"{self.name}/failed": 1.0})
+            scores.append(score)
+            fatal.append(not score.valid and ends)
+        return scores, fatal
 
     def state_dict(self) -> dict[str, Any]:
         """State of every term."""
@@ -201,40 +463,6 @@ def _unique(names: Sequence[str]) -> list[str]:
         seen[name] += 1
         out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return out
-
-
-async def _settle(raw: Sequence[Any]) -> list[Any]:
-    async def one(value: Any) -> Any:
-        return await value if inspect.isawaitable(value) else value
-
-    return list(await asyncio.gather(*(one(v) for v in raw)))
-
-
-def _wait(awaitable: Any) -> Any:
-    """Run an awaitable to its end, from inside a running loop's thread as well."""
-    import threading
-
-    async def run() -> Any:
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(run())
-    box: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            box["value"] = asyncio.run(run())
-        except BaseException as error:  # noqa: BLE001  carried over to the waiting thread
-            box["error"] = error
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if "error" in box:
-        raise box["error"]
-    return box["value"]
 
 
 def reward_values(scores: Sequence[Score]) -> list[float]:

@@ -16,6 +16,7 @@ class CallCost(Reward):
             ``usage.usd`` is read.
     """
 
+    gives = frozenset({"outcome"})
     range = (float("-inf"), 0.0)
 
     def __init__(self, key: str | None = None, *, name: str | None = None, on_error: OnError = "raise") -> None:

@@ -37,6 +37,7 @@ class TagFormat(Reward):
         only: nothing but blanks may stand outside the blocks.
     """
 
+    gives = frozenset({"outcome"})
     range = (0.0, 1.0)
 
     def __init__(self, *tags: str, only: bool = False, name: str | None = None, on_error: OnError = "raise") -> None:
@@ -75,6 +76,7 @@ class RouterFormat(Reward):
     Source: Router-R1 (arXiv 2506.09033), released format reward, whose three severities are all -1.
     """
 
+    gives = frozenset({"outcome"})
     range = (-1.0, 0.0)
 
     def __init__(

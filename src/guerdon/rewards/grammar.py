@@ -73,21 +73,23 @@ def tag_counts(text: str, tags: Sequence[str]) -> dict[str, tuple[int, int]]:
     return {tag: (text.count(f"<{tag}>"), text.count(f"</{tag}>")) for tag in tags}
 
 
+_BRACES = re.compile(r"(\\boxed\s*\{)|\\[{}]|([{}])")
+
+
 def boxed(text: str) -> str | None:
     """Content of the last balanced ``\\boxed{...}`` (nested braces allowed), or None."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for k in range(match.end(), len(text)):
-            if text[k] == "\\":
-                continue
-            if text[k] in "{}" and text[k - 1] != "\\":
-                depth += 1 if text[k] == "{" else -1
-                if depth == 0:
-                    return text[match.end() : k].strip()
-            # A box that swallows another one's opening is unbalanced; the inner one is found on its own.
-            if k - match.end() > 10_000:
-                break
-    return None
+    last: tuple[int, int] | None = None
+    opened: list[int | None] = []  # for each open brace where its content begins; None where it is no box's
+    for match in _BRACES.finditer(text):
+        if match.group(1):
+            opened.append(match.end())
+        elif match.group(2) == "{":
+            opened.append(None)
+        elif match.group(2) and opened:
+            start = opened.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = (start, match.start())
+    return text[slice(*last)].strip() if last else None
 
 
 def fenced(text: str, language: str | None = None) -> list[str]:

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from guerdon.errors import ConfigError, EngineError
-from guerdon.rollout.kv import ATTENTION, SlotCache, attending
+from guerdon.policies.direct import DirectTrunk, direct_trunk
+from guerdon.rollout.kv import ATTENTION, RowGroups, SlotCache, attending
 from guerdon.rollout.protocol import Sampling
 from guerdon.rollout.sampler import BLOCK, Uniforms, sample
 from guerdon.rollout.text import StopSet, TokenText
@@ -31,6 +32,8 @@ from guerdon.types import StopReason
 __all__ = ["Batch", "Context", "Job", "Masks", "Prefix", "Stats", "base_model"]
 
 _SAMPLE_ELEMENTS = 1 << 24
+# A prefix of so few tokens is copied to its rows: reading it again costs less than looking after who shares it.
+_SHORT = 32
 
 
 @dataclass(eq=False)
@@ -111,6 +114,26 @@ class _Piece:
 
 
 @dataclass(slots=True)
+class _Rows:
+    """The sampling rows, as every decode step reads them until rows come or go.
+
+    Attributes:
+        values: views of the row arrays.
+        index: [B] 0, 1, 2, ...
+        groups: shared prefixes; None where no row has one.
+        temperature: [B]; None where all are 1.
+        top_k, top_p: [B]; None where no row asks for it.
+    """
+
+    values: dict[str, np.ndarray]
+    index: np.ndarray
+    groups: RowGroups | None
+    temperature: torch.Tensor | None
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+
+
+@dataclass(slots=True)
 class Stats:
     """What an engine has computed since it was made.
 
@@ -179,8 +202,9 @@ class Batch:
         self._jobs: dict[int, Job] = {}  # every completion that has not ended, wherever it is
         self.active = 0
         self._prefixes: list[Prefix] = []
-        self._groups: tuple[np.ndarray, np.ndarray] | None = None
-        self._regroup = True
+        self._direct: DirectTrunk | None = None
+        self._head = base_model(model).get_output_embeddings()
+        self._rows_now: _Rows | None = None
         self._allocate(0)
 
     @contextmanager
@@ -191,7 +215,12 @@ class Batch:
             self.model.eval()
         implementation = self._config._attn_implementation
         if not self._own_attention:
-            self._config._attn_implementation = ATTENTION
+            # Made anew each time: in between, weights may have been replaced, wrapped or hooked.
+            before, self._direct = self._direct, direct_trunk(base_model(self.model), context=self.max_context)
+            if before is not None and self._direct is not None:
+                self._direct.take_table(before)
+            if self._direct is None:
+                self._config._attn_implementation = ATTENTION
         try:
             with attending(self.cache):
                 yield
@@ -219,6 +248,7 @@ class Batch:
             self._rows[name] = np.zeros((slots, *width), dtype)
             if old:
                 self._rows[name][:old] = rows[name]
+        self._rows_now = None
 
     def _exchange(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Swap the contents of pairs of slots."""
@@ -280,7 +310,7 @@ class Batch:
             self._prefixes[prefix.slot] = last
             last.slot = prefix.slot
         prefix.slot, prefix.cached, prefix.used = -1, 0, False
-        self._regroup = True
+        self._rows_now = None
 
     def forget(self) -> None:
         """Drop all keys and values; open streams are computed anew when they sample next."""
@@ -290,7 +320,7 @@ class Batch:
         for prefix in self._prefixes:
             prefix.slot, prefix.cached, prefix.used = -1, 0, False
         self._prefixes = []
-        self._regroup = True
+        self._rows_now = None
         self.queue.extendleft(reversed(self._filling))
         self._filling = []
         self.cache.release()
@@ -385,7 +415,7 @@ class Batch:
             c.cached = len(c.prefix.ids)
             self.stats.shared_tokens += c.cached if c.prefix.used else 0
             c.prefix.used = True
-            if self._own_attention:
+            if self._own_attention or c.cached <= _SHORT:
                 copies.setdefault(c.prefix.slot, []).append(c.slot)
             else:
                 c.base = c.cached
@@ -435,13 +465,23 @@ class Batch:
             self.cache.continued(bank, slots, starts, lengths, self.device, [i.prefix for i in chunk])
             if self._own_attention:
                 mask = self._masks(positions, width)
-        self._forward(torch.from_numpy(ids).to(self.device), positions, mask)
+        self._forward(torch.from_numpy(ids).to(self.device), positions, mask, logits=False)
         for item in chunk:
             item.owner.cached += item.need
         self.stats.prefill_tokens += sum(lengths)
         return longest * len(chunk)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, *, logits: bool = True) -> torch.Tensor:
+        """Compute tokens [B, Q]; logits [B, V] of the last ones where they are wanted."""
+        trunk = self._direct
+        if trunk is not None:
+            trunk.tabulate(int(positions.max()) + 1, self.max_context)
+            states = trunk(
+                ids.reshape(-1),
+                positions.reshape(-1),
+                lambda layer, q, k, v: self.cache.direct(layer, q, k, v, trunk.scaling),
+            )
+            return self._head(states.view(*ids.shape, -1)[:, -1]) if logits else states
         out = self.model(
             input_ids=ids,
             position_ids=positions,
@@ -462,7 +502,7 @@ class Batch:
         inside = [s for s in range(n, new) if s not in slots]
         self._exchange(list(zip(outside, inside, strict=True)))
         self.active = new
-        self._regroup = True
+        self._rows_now = None
         rows = self._rows
         for job in jobs:
             c, s = job.context, job.sampling
@@ -495,7 +535,7 @@ class Batch:
         holes = sorted(s for s in leaving if s < rest)
         movers = [s for s in range(rest, self.active) if s not in leaving]
         self.active = rest
-        self._regroup = True
+        self._rows_now = None
         self._exchange(list(zip(holes, movers, strict=True)))
 
     def _stop_set(self, strings: tuple[str, ...]) -> int:
@@ -506,20 +546,17 @@ class Batch:
         return self._stop_sets[strings]
 
     def _decode(self) -> None:
-        n = self.active
-        rows = {name: values[:n] for name, values in self._rows.items()}
-        if self._regroup:
-            self._groups = self._prefixes_of_rows()
-            self._regroup = False
+        now = self._rows_now or self._look_at_rows()
+        n, rows = self.active, now.values
         stored = rows["cached"] - rows["base"]
         width = int(stored.max()) + 1
         self.cache.own.reserve(len(self.owner), width)
         feed = torch.from_numpy(rows["feed"]).to(self.device)
         positions = torch.from_numpy(rows["cached"]).to(self.device)
-        self.cache.decode(torch.from_numpy(stored).to(self.device), width, *(self._groups or ()))
+        self.cache.decode(torch.from_numpy(stored).to(self.device), width, now.groups)
         mask = self._masks(positions[:, None], width) if self._own_attention else None
         logits = self._forward(feed[:, None], positions[:, None], mask)
-        tokens, logprobs = self._sample(logits, rows)
+        tokens, logprobs = self._sample(logits, now)
         self.stats.decode_steps += 1
         self.stats.decode_tokens += n
         self.stats.largest_batch = max(self.stats.largest_batch, n)
@@ -530,9 +567,8 @@ class Batch:
                 old = self._rows[name]
                 self._rows[name] = np.concatenate([old, np.zeros_like(old)], axis=1)
                 rows[name] = self._rows[name][:n]
-        index = np.arange(n)
-        rows["tokens"][index, count] = tokens
-        rows["logprobs"][index, count] = logprobs
+        rows["tokens"][now.index, count] = tokens
+        rows["logprobs"][now.index, count] = logprobs
         rows["feed"][:] = tokens
         rows["cached"] += 1
         count += 1
@@ -543,39 +579,46 @@ class Batch:
         if finished:
             self._retire(finished)
 
-    def _prefixes_of_rows(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """For each sampling row the slot and length of its shared prefix; None where no row has one."""
-        lengths = self._rows["base"][: self.active].copy()
-        if not lengths.any():
-            return None
-        slots = [c.prefix.slot if c is not None and c.prefix is not None else 0 for c in self.owner[: self.active]]
-        return np.array(slots, np.int64), lengths
+    def _look_at_rows(self) -> _Rows:
+        """What stays the same for every step until rows come or go."""
+        rows = {name: values[: self.active] for name, values in self._rows.items()}
+        groups = None
+        if rows["base"].any():
+            slots = [c.prefix.slot if c is not None and c.prefix is not None else 0 for c in self.owner[: self.active]]
+            groups = RowGroups.of(np.array(slots), rows["base"], self.device, self.cache.own.dtype)
 
-    def _sample(self, logits: torch.Tensor, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        n = len(logits)
+        def setting(name: str, used: bool) -> torch.Tensor | None:
+            return torch.from_numpy(rows[name].copy()).to(self.device) if used else None
+
+        self._rows_now = _Rows(
+            rows,
+            np.arange(self.active),
+            groups,
+            setting("temperature", bool((rows["temperature"] != 1).any())),
+            setting("top_k", bool(rows["top_k"].any())),
+            setting("top_p", bool((rows["top_p"] < 1).any())),
+        )
+        return self._rows_now
+
+    def _sample(self, logits: torch.Tensor, now: _Rows) -> tuple[np.ndarray, np.ndarray]:
+        rows = now.values
         for s in np.flatnonzero(rows["drawn"] == BLOCK):
             context = self.owner[s]
             assert context is not None and context.uniforms is not None
             rows["uniforms"][s] = context.uniforms.refill()
             rows["drawn"][s] = 0
-        uniforms = rows["uniforms"][np.arange(n), rows["drawn"]]
-        filters = {
-            name: torch.from_numpy(rows[name]).to(self.device) if used else None
-            for name, used in (("top_k", rows["top_k"].any()), ("top_p", (rows["top_p"] < 1).any()))
-        }
+        drawn = torch.from_numpy(rows["uniforms"][now.index, rows["drawn"]]).to(self.device)
+        arguments = (logits, drawn, now.temperature, now.top_k, now.top_p)
         at_once = max(1, _SAMPLE_ELEMENTS // logits.shape[-1])
-        drawn = torch.from_numpy(uniforms).to(self.device)
-        temperature = torch.from_numpy(rows["temperature"]).to(self.device)
-        parts = [
-            sample(
-                logits[i : i + at_once],
-                drawn[i : i + at_once],
-                temperature[i : i + at_once],
-                **{k: None if v is None else v[i : i + at_once] for k, v in filters.items()},
-            )
-            for i in range(0, n, at_once)
-        ]
-        return torch.cat([p[0] for p in parts]).cpu().numpy(), torch.cat([p[1] for p in parts]).cpu().numpy()
+        if len(logits) <= at_once:
+            tokens, logprobs = sample(*arguments)
+        else:
+            parts = [
+                sample(*(None if a is None else a[i : i + at_once] for a in arguments))  # type: ignore[arg-type]
+                for i in range(0, len(logits), at_once)
+            ]
+            tokens, logprobs = (torch.cat([p[k] for p in parts]) for k in (0, 1))
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
     def _end_of(self, slot: int, check: bool) -> bool:
         """Decide whether a row ends here, and record why on its job."""

@@ -7,7 +7,8 @@ the model then calls ``update`` layer by layer as with any cache.
 
 Sampling reads every stored key and value once per token, and that traffic is what it costs on a CPU. So
 :func:`shared_prefix_attention` reads a shared prefix once for all rows of its group, and rows in use are contiguous,
-so that a decode step reads views and never gathers a copy.
+so that a decode step reads views and never gathers a copy. Models whose trunk is written out
+(:mod:`guerdon.policies.direct`) call :meth:`SlotCache.direct` instead of transformers' hooks.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from guerdon.errors import EngineError
+from guerdon.policies.direct import grouped_sdpa
 
-__all__ = ["ATTENTION", "Bank", "SlotCache", "attending"]
+__all__ = ["ATTENTION", "Bank", "RowGroups", "SlotCache", "attending"]
 
 ATTENTION = "guerdon_slots"
 _ROUND = 32
@@ -116,6 +118,7 @@ class _Pass:
     bank: Bank
     slot: torch.Tensor
     position: torch.Tensor
+    size: int = 0
     row: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     rows: slice | torch.Tensor | None = None
@@ -126,6 +129,35 @@ class _Pass:
     members: torch.Tensor | None = None
     place: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    cells: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Which sampling rows begin with which shared prefix; the same for every step until rows come or go.
+
+    Args:
+        count: prefixes.
+        width: tokens of the longest.
+        members: [count * M] the row at each place of each prefix; 0 at empty places.
+        place: [B] the place of each row.
+        mask: [B, width] to be added to scores: -inf beyond the row's own prefix.
+    """
+
+    count: int
+    width: int
+    members: torch.Tensor
+    place: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, prefixes: np.ndarray, tokens: np.ndarray, device: torch.device, dtype: torch.dtype) -> RowGroups:
+        """Build from the slot of each row's prefix and its length (0 where it has none), both [B]."""
+        count, members, place = _tables(prefixes, device)
+        width = int(tokens.max())
+        hidden = torch.from_numpy(np.arange(width) >= tokens[:, None]).to(device)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        return cls(count, width, members, place, mask)
 
 
 class SlotCache(Cache):
@@ -148,7 +180,8 @@ class SlotCache(Cache):
 
     def fresh(self, bank: Bank, slots: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
         """Announce a pass of the first ``lengths[i]`` tokens (right-padded) of ``slots[i]``."""
-        self._pass = _Pass("fresh", bank, *_targets(slots, [0] * len(slots), lengths, device))
+        slot, position, row, offset = _targets(slots, [0] * len(slots), lengths, device)
+        self._pass = _Pass("fresh", bank, slot, position, len(slots), row, offset)
 
     def continued(
         self,
@@ -182,38 +215,39 @@ class SlotCache(Cache):
         rows: slice | torch.Tensor = torch.tensor(slots, device=device)
         if list(slots) == list(range(slots[0], slots[0] + len(slots))):
             rows = slice(slots[0], slots[0] + len(slots))
-        targets = _targets(slots, starts, lengths, device)
-        self._pass = _Pass("continued", bank, *targets, rows, width, prefix, prefix_width, mask=mask[:, None])
+        slot, position, row, offset = _targets(slots, starts, lengths, device)
+        self._pass = _Pass(
+            "continued", bank, slot, position, len(slots), row, offset, rows, width, prefix, prefix_width,
+            mask=mask[:, None],
+        )  # fmt: skip
 
-    def decode(
-        self,
-        positions: torch.Tensor,
-        width: int,
-        groups: np.ndarray | None = None,
-        prefix_tokens: np.ndarray | None = None,
-    ) -> None:
+    def decode(self, positions: torch.Tensor, width: int, groups: RowGroups | None = None) -> None:
         """Announce a pass of one token for each of the leading own slots.
 
         Args:
             positions: [B] where each token is stored in its own slot.
             width: own tokens that are read; more than every position.
-            groups: [B] the slot of each row's shared prefix, None where no row has one.
-            prefix_tokens: [B] length of that prefix; 0 where the row has none.
+            groups: the rows' shared prefixes, None where no row has one.
         """
         n, device = len(positions), positions.device
-        mask = torch.arange(width, device=device) <= positions[:, None]
+        hidden = torch.arange(width, device=device) > positions[:, None]
+        # Added to the scores: that is several times faster than filling by a mask in every layer.
+        mask = torch.zeros(hidden.shape, device=device, dtype=self.own.dtype).masked_fill_(hidden, -torch.inf)
         slot = torch.arange(n, device=device)
-        count, prefix_width, members, place = 0, 0, None, None
-        if groups is not None and prefix_tokens is not None:
-            prefix_width = int(prefix_tokens.max())
-            seen = np.arange(prefix_width) < prefix_tokens[:, None]
-            mask = torch.cat([torch.from_numpy(seen).to(device), mask], dim=-1)
-            # Added to the scores: that is several times faster than filling by a mask in every layer.
-            mask = torch.zeros(mask.shape, device=device, dtype=self.own.dtype).masked_fill_(~mask, -torch.inf)
-            count, members, place = _tables(groups, device)
+        cells = None
+        if self.own.layers:
+            heads = self.own.layers[0][0].shape[1]
+            row = slot[:, None] * heads + torch.arange(heads, device=device)
+            cells = (row * self.own.capacity + positions[:, None]).view(-1)
+        if groups is None:
+            self._pass = _Pass(
+                "decode", self.own, slot, positions, n, rows=slice(0, n), width=width, mask=mask[:, None], cells=cells
+            )
+            return
+        mask = torch.cat([groups.mask, mask], dim=-1)
         self._pass = _Pass(
-            "decode", self.own, slot, positions, rows=slice(0, n), width=width, prefix_width=prefix_width,
-            groups=count, members=members, place=place, mask=mask[:, None],
+            "decode", self.own, slot, positions, n, rows=slice(0, n), width=width, prefix_width=groups.width,
+            groups=groups.count, members=groups.members, place=groups.place, mask=mask[:, None], cells=cells,
         )  # fmt: skip
 
     def copy_prefix(self, prefix: int, slots: Sequence[int], tokens: int) -> None:
@@ -246,6 +280,41 @@ class SlotCache(Cache):
                 keys = torch.cat([before, keys], dim=2)
             out.append(keys)
         return out[0], out[1]
+
+    def direct(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Store a layer's new keys and values and attend to what the announced rows see.
+
+        Args:
+            layer: which layer.
+            query: [M, H, D], the tokens of all rows one after the other, padding included.
+            key, value: [M, KV, D].
+            scaling: factor on the scores.
+
+        Returns:
+            [M, H * D].
+        """
+        p = self._pass
+        assert p is not None
+        if p.kind != "decode":
+            heads = [x.view(p.size, -1, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)]
+            seen = self.update(heads[1], heads[2], layer)
+            out = grouped_sdpa(heads[0], *seen, p.mask, causal=p.kind == "fresh", scaling=scaling)
+            return out.transpose(1, 2).reshape(len(query), -1)
+        n, heads_q, dim = query.shape
+        if p.cells is None or layer >= len(self.own.layers):
+            self.update(key[:, :, None], value[:, :, None], layer)
+        else:
+            for store, new in zip(self.own.layers[layer], (key, value), strict=True):
+                store.view(-1, dim).index_copy_(0, p.cells, new.reshape(-1, dim))
+        if p.members is not None:
+            return self.attend(layer, query[:, :, None], scaling).view(n, -1)
+        keys, values = (t[:n, :, : p.width].flatten(0, 1) for t in self.own.layers[layer])
+        scores = torch.bmm((query * scaling).view(len(keys), -1, dim), keys.transpose(1, 2))
+        assert p.mask is not None
+        scores.view(n, heads_q, -1).add_(p.mask)
+        return torch.bmm(scores.softmax(-1), values).view(n, -1)
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attention of one query per row over its group's prefix and its own tokens.

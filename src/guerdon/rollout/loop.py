@@ -223,7 +223,9 @@ class _Play:
             observation = await self.episode.step(completion.text)
             if observation.done:
                 self._last_words(observation)
-                return self._finish(observation.stop or StopReason.DONE)
+                # An environment that gives no reason cannot know that the policy was cut off.
+                cut = completion.stop if completion.stop.truncated else StopReason.DONE
+                return self._finish(observation.stop or cut)
             if final or turn + 1 == s.max_turns:
                 self._last_words(observation)
                 return self._finish(observation.stop or StopReason.MAX_TURNS)

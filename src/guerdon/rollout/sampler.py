@@ -34,7 +34,7 @@ class Uniforms:
 def sample(
     logits: torch.Tensor,
     uniforms: torch.Tensor,
-    temperature: torch.Tensor,
+    temperature: torch.Tensor | None,
     top_k: torch.Tensor | None = None,
     top_p: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,25 +47,31 @@ def sample(
         logits: [B, V].
         uniforms: [B] float32 in [0, 1).
         temperature: [B] float32; 0 takes the most probable token and reports log-probabilities at temperature 1.
+            None: all are 1.
         top_k: [B] int64, 0 keeps all; None where no row asks for it.
         top_p: [B] float32, 1 keeps all; None where no row asks for it.
 
     Returns:
         tokens [B] int64 and log-probabilities [B] float32; a row whose logits are not finite has NaN.
     """
-    greedy = temperature == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    greedy = None
+    scaled = logits.float()
+    if temperature is not None:
+        greedy = temperature == 0
+        scaled = scaled / torch.where(greedy, 1.0, temperature)[:, None]
     if top_k is not None or top_p is not None:
-        scaled = _restrict(scaled, greedy, top_k, top_p)
+        never = torch.zeros(len(scaled), dtype=torch.bool, device=scaled.device)
+        scaled = _restrict(scaled, never if greedy is None else greedy, top_k, top_p)
     top = scaled.amax(-1, keepdim=True)
-    weights = torch.exp(scaled - top)
+    weights = (scaled - top).exp_()
     total = weights.sum(-1)
     cdf = weights.cumsum(-1)
     mass = cdf[:, -1]
     # Strictly below the whole mass: rounding may not step past the last token that has any.
     level = torch.minimum(uniforms * mass, torch.nextafter(mass, torch.zeros_like(mass)))
     tokens = torch.searchsorted(cdf, level[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    tokens = torch.where(greedy, scaled.argmax(-1), tokens)
+    if greedy is not None:
+        tokens = torch.where(greedy, scaled.argmax(-1), tokens)
     logprobs = scaled.gather(-1, tokens[:, None])[:, 0] - top[:, 0] - total.log()
     return tokens, logprobs
 

@@ -99,13 +99,13 @@ def router_prompt(
 
 
 def compact_member(member: Member, *, prices: bool = True) -> str:
-    """``- SKILL NAME , SKILL NAME ; $ PRICE``: every skill of the descriptor is followed by who has it.
+    """``- SKILL PRICE NAME , SKILL PRICE NAME``: every skill is followed by what it costs and who has it.
 
-    A policy of two layers finds what follows a word far sooner than what stands at the head of the word's
-    line. The output price is rounded to whole USD per million tokens.
+    A tiny policy finds what follows a word far sooner than what stands at the head of the word's line. The price
+    is the output price, rounded to whole USD per million tokens.
     """
-    skills = " , ".join(f"{skill} {member.name}" for skill in member.descriptor.split(" , "))
-    return f"- {skills} ; $ {member.output_price:.0f}" if prices else f"- {skills}"
+    tail = f"{member.output_price:.0f} {member.name}" if prices else member.name
+    return "- " + " , ".join(f"{skill} {tail}" for skill in member.descriptor.split(" , "))
 
 
 def compact_prompt(

@@ -37,7 +37,7 @@ class PolicyConfig(Config):
         base: ``tiny`` (made here), ``smollm2``, a hub id, a folder, a ``.gguf`` file.
         lora: train adapters instead of all weights.
         device, dtype: ``auto`` or as torch names them.
-        hidden, layers, heads, intermediate, init_std: of ``tiny``.
+        hidden, layers, heads, intermediate, init_std, init: of ``tiny``; see :func:`guerdon.policies.tiny_policy`.
         max_context: of ``tiny``.
     """
 
@@ -45,11 +45,12 @@ class PolicyConfig(Config):
     lora: LoraConfig | None = None
     device: str = "auto"
     dtype: str = "auto"
-    hidden: Count = 128
+    hidden: Count = 192
     layers: Count = 2
-    heads: Count = 4
-    intermediate: Count = 256
-    init_std: float = 0.088
+    heads: Count = 2
+    intermediate: Count = 384
+    init_std: float = 0.06
+    init: Literal["random", "recall"] = "recall"
     max_context: Count = 512
 
 
@@ -64,7 +65,7 @@ class DataConfig(Config):
     """
 
     world: Literal["compact", "natural"] | None = "compact"
-    shuffled: bool = False
+    shuffled: bool = True
     train: Path | None = None
     test: Path | None = None
     questions: Count = 4000
@@ -105,6 +106,7 @@ class WarmStartConfig(Config):
     rollouts: Count = 24_000
     per_prompt: Count = 4
     practice: Fraction = 0.5
+    drills: Fraction = 0.1
     sft: SftConfig = SftConfig(
         steps=500,
         batch_size=48,
@@ -271,7 +273,7 @@ class RouteRun:
             tokenizer = train_bpe(["a b"], 8192, words=testbed.words)
             return tiny_policy(
                 tokenizer, hidden=spec.hidden, layers=spec.layers, heads=spec.heads, intermediate=spec.intermediate,
-                init_std=spec.init_std, max_context=spec.max_context, seed=self.config.seed,
+                init_std=spec.init_std, init=spec.init, max_context=spec.max_context, seed=self.config.seed,
                 value_head=self.config.online.algorithm == "ppo",
             )  # fmt: skip
         lora = None if spec.lora is None else LoraSpec(spec.lora.r, spec.lora.alpha, 0.0, spec.lora.targets)
@@ -301,7 +303,8 @@ class RouteRun:
             return
         self.say(f"writing {warm.rollouts:,} scripted rollouts (valid in form, random in choice)")
         data = prepared.testbed.scripts(
-            prepared.policy, warm.rollouts, per_prompt=warm.per_prompt, practice=warm.practice, seed=self.config.seed
+            prepared.policy, warm.rollouts, per_prompt=warm.per_prompt, practice=warm.practice, drills=warm.drills,
+            prices=self.config.router.prices, seed=self.config.seed,
         )
         sft = warm.sft.model_copy(update={"seed": self.config.seed})
         self.say(f"warm start: {sft.steps or 'all'} supervised steps")

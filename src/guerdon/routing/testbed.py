@@ -12,6 +12,8 @@ import numpy as np
 
 from guerdon.environments.worldfacts import (
     CORE_DOMAINS,
+    DOMAINS,
+    NAMES,
     Entry,
     PoolSampler,
     Specialist,
@@ -19,6 +21,7 @@ from guerdon.environments.worldfacts import (
     descriptor,
     is_generalist,
     load_world,
+    lookup_drill,
     make_tasks,
     parse,
     practice_task,
@@ -146,7 +149,15 @@ class WorldFactsTestbed:
         return vocabulary(self.world, self.domains)
 
     def scripts(
-        self, policy: Any, n: int, *, per_prompt: int = 4, practice: float = 0.5, seed: int = 0
+        self,
+        policy: Any,
+        n: int,
+        *,
+        per_prompt: int = 4,
+        practice: float = 0.5,
+        drills: float = 0.0,
+        prices: bool = True,
+        seed: int = 0,
     ) -> list[Trajectory]:
         """Scripted rollouts: valid in form, random in the choice of members and the number of calls.
 
@@ -156,6 +167,8 @@ class WorldFactsTestbed:
             per_prompt: rollouts for one question and pool; they share the prompt's computation in training.
             practice: share of prompts about arbitrary names with arbitrary replies, so that copying does not
                 depend on which names the training split happens to hold.
+            drills: share of look-up drills among them (compact register only).
+            prices: the prompt shows prices.
             seed: of the script.
         """
         if n < 1:
@@ -168,6 +181,9 @@ class WorldFactsTestbed:
         out: list[Trajectory] = []
         env = self.env()
         while len(out) < n:
+            if rng.random() < drills:
+                out.append(_drill(policy, lookup_drill([*names, *DOMAINS], NAMES, rng, prices=prices)))
+                continue
             kind = by_hops[int(rng.integers(2))]
             task = kind[int(rng.integers(len(kind)))]
             entries = self.sampler.sample(rng) if self.shuffled else self.entries(task, 0)
@@ -175,10 +191,10 @@ class WorldFactsTestbed:
             ask = partial(_ask, members)
             if rng.random() < practice:
                 task, ask = practice_task(task, names, rng)
-            prompt = env.prompt(task.question, list(self.pool(entries).values()), prices=True, budget_usd=None)
+            prompt = env.prompt(task.question, list(self.pool(entries).values()), prices=prices, budget_usd=None)
             prompt_ids = tuple(policy.render([{"role": "user", "content": prompt}]))
             for _ in range(min(per_prompt, n - len(out))):
-                segments = scripted_rollout(task, entries, ask, rng, wrap=protocol.observation)
+                segments = scripted_rollout(task, entries, ask, rng, wrap=protocol.observation, prices=prices)
                 turns = tuple(Turn(s.speaker, s.text, tuple(policy.encode(s.text))) for s in segments)
                 out.append(Trajectory(task, turns, StopReason.DONE, prompt_ids=prompt_ids))
         return out
@@ -216,6 +232,14 @@ class WorldFactsTestbed:
         return sub_question(chain[k].relation, subject, self.register)
 
     read = staticmethod(read_answer)
+
+
+def _drill(policy: Any, drill: Any) -> Trajectory:
+    pairs = [(("environment", cue), ("policy", answer)) for cue, answer in drill.lookups]
+    turns = tuple(Turn(speaker, text, tuple(policy.encode(text))) for pair in pairs for speaker, text in pair)
+    prompt_ids = tuple(policy.render([{"role": "user", "content": drill.roster}]))
+    task = Task("drill", drill.roster, None)
+    return Trajectory(task, turns, StopReason.DONE, prompt_ids=prompt_ids)
 
 
 def _ask(members: dict[str, Specialist], name: str, query: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from guerdon.errors import ConfigError
+from guerdon.parts import part
 
 __all__ = [
     "affine",
@@ -84,11 +85,13 @@ def condition(test: Tensor, threshold: float, above: Tensor, below: Tensor) -> T
     return torch.where(test >= threshold, above, below)
 
 
+@part("shape")
 def affine(x: Tensor, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     """``scale * x + shift``."""
     return scale * x + shift
 
 
+@part("shape")
 def clip(x: Tensor, low: float, high: float) -> Tensor:
     """``x`` held within [low, high]."""
     if not low <= high:
@@ -96,6 +99,7 @@ def clip(x: Tensor, low: float, high: float) -> Tensor:
     return x.clamp(low, high)
 
 
+@part("shape")
 def quantile_rescale(x: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
     """Map the ``low`` and ``high`` quantiles of ``x`` to 0 and 1, clipped; 0.5 where they coincide."""
     if not 0 <= low < high <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from guerdon.rewards.base import Progress, as_reward
 from guerdon.rollout.protocol import Environment, Sampling
 from guerdon.types import Score, Task, Trajectory
 
@@ -16,6 +17,9 @@ __all__ = ["HeldOut"]
 
 class HeldOut:
     """Mean reward, its parts, calls, cost and length on fixed tasks, with the same seed every time.
+
+    Invalid scores are left out of the means and counted; whether a failing reward ends the run is the reward's own
+    ``on_error``.
 
     Args:
         tasks: not those trained on.
@@ -29,7 +33,7 @@ class HeldOut:
     def __init__(
         self,
         tasks: Sequence[Task],
-        reward: Callable[[Sequence[Trajectory]], Sequence[Score]],
+        reward: Callable[[Sequence[Trajectory]], Sequence[Score | float]],
         *,
         environment: Environment | None = None,
         sampling: Sampling | None = None,
@@ -37,7 +41,7 @@ class HeldOut:
         seed: int = 0,
     ) -> None:
         self.tasks = list(tasks)
-        self.reward = reward
+        self.reward = as_reward(reward)
         self.environment = environment
         self.sampling = sampling
         self.group_size = group_size
@@ -55,7 +59,7 @@ class HeldOut:
             **options,
         )
         trajectories = [t for group in groups for t in group.trajectories]
-        scores = list(self.reward(trajectories))
+        scores = self.reward(trajectories, progress=Progress(run.step, run.total))
         valid = [s for s in scores if s.valid]
         n = len(trajectories)
         row = {"reward/mean": _mean([s.value for s in valid]), "reward/invalid": float(n - len(valid))}

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from guerdon.training.batching import Microbatch, attention_share, microbatches
 from guerdon.training.config import OnlineConfig
-from guerdon.training.losses import Slice, policy_terms, value_term
+from guerdon.training.losses import Objective, Slice, policy_terms, value_term
 from guerdon.training.optimise import Optimiser, TrainingError, require_finite
+from guerdon.training.recompute import recomputing
 from guerdon.training.streams import Experience, Streams, normalise
 from guerdon.training.timing import Phases
 from guerdon.training.weights import restore_policy, write_policy
@@ -36,16 +37,24 @@ class Learner:
         config: settings of the update.
         critic: the policy itself (its value head shares the trunk), another policy with a value head, or None.
         reference: policy that the KL is measured to, or None.
+        objective: in place of the configuration's.
     """
 
     def __init__(
-        self, policy: Policy, config: OnlineConfig, *, critic: Policy | None = None, reference: Policy | None = None
+        self,
+        policy: Policy,
+        config: OnlineConfig,
+        *,
+        critic: Policy | None = None,
+        reference: Policy | None = None,
+        objective: Any = None,
     ) -> None:
         self.policy = policy
         self.critic = critic
         self.reference = reference
         self._config = config
         self._shared = critic is policy
+        self.objective = Objective.of(config, objective)
         self._attention = attention_share(policy)
         sets = {"policy": policy.trainable_parameters()}
         if self._shared:
@@ -114,7 +123,8 @@ class Learner:
             need[index],
             groups=experience.group[chosen].tolist(),
             max_tokens=self._config.max_tokens_per_microbatch,
-            share_prompt=self._config.share_prompt,
+            # A shared prompt's attention is laid out for one pass, and a recomputed layer is passed twice.
+            share_prompt=self._config.share_prompt and not self._config.gradient_checkpointing,
             device=self.policy.device,
             attention=self._attention,
         )
@@ -168,10 +178,11 @@ class Learner:
                     skipped += 1
                     continue
                 self.optimiser.zero_grad()
-                differences = [
-                    self._backward(part, experience, streams, terms, entropy_coef, sums, where, phases)
-                    for part in parts
-                ]
+                with recomputing(self.policy.model, config.gradient_checkpointing):
+                    differences = [
+                        self._backward(part, experience, streams, terms, entropy_coef, sums, where, phases)
+                        for part in parts
+                    ]
                 if not mismatch and steps == 0:
                     # Before the first optimiser step the trainer's weights are the sampler's.
                     mismatch = _mismatch(torch.cat(differences))
@@ -197,13 +208,16 @@ class Learner:
 
     def _minibatches(self, experience: Experience, step: int, epoch: int) -> list[np.ndarray]:
         """Trajectories of each optimiser step of one pass: groups stay together, their order is shuffled."""
-        n = len(experience)
+        rows = np.arange(len(experience))
+        if experience.excluded is not None:
+            rows = rows[~experience.excluded]
+        n = len(rows)
         size = self._config.minibatch_size or n
         if size >= n:
-            return [np.arange(n)]
+            return [rows]
         generator = np.random.default_rng([self._config.seed & 0xFFFFFFFF, step, epoch])
         rank = generator.permutation(int(experience.group.max()) + 1)
-        order = np.lexsort((generator.random(n), rank[experience.group]))
+        order = rows[np.lexsort((generator.random(n), rank[experience.group[rows]]))]
         return [order[start : start + size] for start in range(0, n, size)]
 
     def _weights(
@@ -266,7 +280,8 @@ class Learner:
             entropy=maybe(terms.get("entropy")),
             kl=maybe(terms.get("kl")),
             value=maybe(terms.get("value")),
-            reference=maybe(experience.reference, "kl" in terms),
+            reference=maybe(experience.reference, "kl" in terms or "reference_logprobs" in self.objective.reads),
+            sequence=maybe(torch.from_numpy(experience.trajectory), "sequence_ids" in self.objective.reads),
             target=maybe(streams.target),
             values=maybe(experience.values),
         )
@@ -278,7 +293,7 @@ class Learner:
                 entropy="entropy" in terms,
                 values=self._shared,
             )
-            loss, stats = policy_terms(out.logprobs.float(), out.entropy, cut, config, entropy_coef)
+            loss, stats = policy_terms(out.logprobs.float(), out.entropy, cut, config, entropy_coef, self.objective)
             values = out.values
             if self.critic is not None and not self._shared:
                 values = token_logprobs(self.critic, part.batch, values=True).values

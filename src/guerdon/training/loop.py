@@ -24,7 +24,7 @@ from guerdon.training.callbacks import Callback, MetricsWriter
 from guerdon.training.checkpoint import Checkpoint, Checkpoints, load_state, save_state
 from guerdon.training.config import Config
 
-__all__ = ["Run", "RunResult"]
+__all__ = ["Run", "RunResult", "check_folder"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class RunResult:
 
     Args:
         step: steps done since the beginning of the run.
-        stopped: ``"done"``, ``"early"`` or ``"interrupted"``.
+        stopped: ``"done"``, ``"early"``, ``"interrupted"`` or ``"no_signal"`` (nothing to learn from; see
+            ``no_signal_steps``).
         history: one metrics row per step of this call.
         checkpoint: where the final state lies, if the run has a folder.
     """
@@ -219,27 +220,47 @@ class Run(ABC):
 
     def _claim(self, out: Path) -> None:
         """Record the configuration in a fresh folder; refuse a folder of another one."""
+        check_folder(out, self._identity, self.config.free_on_resume())
         record = out / "run.json"
-        if record.exists():
-            try:
-                settings = json.loads(record.read_text(encoding="utf-8"))
-            except ValueError:
-                raise CheckpointError(f"{record}: is not JSON; use another run folder") from None
-            self._refuse_other(settings, out)
         out.mkdir(parents=True, exist_ok=True)
         partial = record.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(json.dumps(self._identity, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, record)
 
     def _refuse_other(self, settings: Mapping[str, Any], where: Path) -> None:
-        now = json.loads(json.dumps(self._identity))
-        keys = (settings.keys() | now.keys()) - self.config.free_on_resume()
-        differing = sorted(key for key in keys if settings.get(key) != now.get(key))
-        if differing:
-            shown = ", ".join(f"{k} (was {settings.get(k)!r}, is {now.get(k)!r})" for k in differing[:6])
-            raise ConfigError(
-                f"{where} belongs to a run with other settings: {shown}; use another folder or the old settings"
-            )
+        _refuse_other(settings, self._identity, self.config.free_on_resume(), where)
+
+
+def check_folder(out: Path, identity: Mapping[str, Any], free: frozenset[str]) -> None:
+    """Refuse a run folder that belongs to another configuration; needs no model.
+
+    Args:
+        out: the folder; it need not exist.
+        identity: dotted settings and whatever else must agree. Keys that the folder's record lacks are compared too.
+        free: keys that may differ.
+
+    Raises:
+        ConfigError: names the settings that differ.
+        CheckpointError: the record cannot be read.
+    """
+    record = out / "run.json"
+    if not record.exists():
+        return
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(f"{record}: is not JSON; use another run folder") from None
+    _refuse_other(settings, identity, free, out)
+
+
+def _refuse_other(settings: Mapping[str, Any], identity: Mapping[str, Any], free: frozenset[str], where: Path) -> None:
+    now = json.loads(json.dumps(identity))
+    differing = sorted(key for key in (settings.keys() | now.keys()) - free if settings.get(key) != now.get(key))
+    if differing:
+        shown = ", ".join(f"{k} (was {settings.get(k)!r}, is {now.get(k)!r})" for k in differing[:6])
+        raise ConfigError(
+            f"{where} belongs to a run with other settings: {shown}; use another folder or the old settings"
+        )
 
 
 @contextmanager

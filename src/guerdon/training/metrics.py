@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from guerdon.training.streams import Experience, Streams, zero_variance
 from guerdon.types import StopReason
 
-__all__ = ["sampling_row"]
+__all__ = ["failure_row", "sampling_row"]
 
 
 def sampling_row(experience: Experience, streams: Streams) -> dict[str, Any]:
@@ -48,12 +49,20 @@ def sampling_row(experience: Experience, streams: Streams) -> dict[str, Any]:
         "usage/output_tokens": sum(x.usage.output_tokens for x in trajectories),
         "usage/usd": sum(x.usage.usd for x in trajectories),
     }
+    if experience.excluded is not None:
+        row["groups/sampled"] = len(np.unique(experience.group))
+        row["groups/excluded"] = len(np.unique(experience.group[experience.excluded]))
     row |= {f"stop/{stop.value}": count / n for stop, count in sorted(Counter(x.stop for x in trajectories).items())}
     if streams.target is not None and experience.values is not None:
         row["value/explained_variance"] = _explained(
             experience.values.numpy()[experience.action], streams.target.numpy()[experience.action]
         )
     return row
+
+
+def failure_row(failures: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    """Failed scores, ``reward/failed/<reward>/<reason>``; empty where none failed."""
+    return {f"reward/failed/{name}/{reason}": count for (name, reason), count in sorted(failures.items())}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -8,28 +8,36 @@ counted failures, forward passes for what the streams need, minibatches, and the
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from guerdon.errors import ConfigError, GuerdonError, RewardError
+from guerdon.errors import ConfigError
+from guerdon.objectives import truncated_importance_weight
+from guerdon.rewards.base import Progress
+from guerdon.training.assemble import assemble, check_parts
 from guerdon.training.callbacks import Callback, EarlyStop, Evaluate
 from guerdon.training.config import OnlineConfig
-from guerdon.training.data import batch_indices, digest
+from guerdon.training.data import batch_indices, further_indices, tasks_digest
 from guerdon.training.events import EventLoop
+from guerdon.training.generators import generator_states, restore_generators
+from guerdon.training.groups import informative
 from guerdon.training.learner import Learner
 from guerdon.training.loop import Run
-from guerdon.training.metrics import sampling_row
+from guerdon.training.metrics import failure_row, sampling_row
 from guerdon.training.optimise import TrainingError
-from guerdon.training.streams import ALGORITHMS, Experience, Streams, TokenWeights, collect, weigh
+from guerdon.training.scoring import Scorer
+from guerdon.training.streams import Credit, Experience, Streams, TokenWeights, collect, weigh
 from guerdon.training.timing import Phases
-from guerdon.types import Group, Score, StopReason, Task, Trajectory, validate_score
+from guerdon.types import Group, Score, StopReason, Task, Trajectory
 
 if TYPE_CHECKING:
+    from guerdon.parts import Part
     from guerdon.policies import Policy
     from guerdon.rollout import Engine, Environment
 
@@ -44,9 +52,10 @@ class StepDetail:
     """What a step made, for callbacks.
 
     Args:
-        groups: as sampled.
+        groups: as sampled, those included that were filtered out (``experience.excluded``).
         trajectories, scores: flat, in the order of the groups.
         experience, streams: what the update was computed from.
+        failures: failed scores by ``(name of the reward or shape, reason)``.
     """
 
     groups: list[Group]
@@ -54,6 +63,7 @@ class StepDetail:
     scores: list[Score]
     experience: Experience
     streams: Streams
+    failures: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 class OnlineTrainer(Run):
@@ -68,7 +78,11 @@ class OnlineTrainer(Run):
         config: settings.
         critic: ``"shared"`` (the policy's value head) or another policy with a value head; PPO only.
         reference: ``"initial"`` (a frozen copy of the policy as given), another policy, or None.
-        shape: maps trajectories and scores to scores before credit; may have ``state_dict``.
+        credit: in place of what the configuration names: a bound function (``gd.credit.group_relative(scale=False)``),
+            a name, or a function from (experience, config) to advantages ``[N]`` or whole :class:`Streams`, which may
+            have ``needs`` and ``state_dict``.
+        shape: likewise: maps trajectories and scores to scores before credit; a list is applied in order.
+        objective: likewise: maps (logprobs, old_logprobs, advantages) to a loss per token.
         token_weights: for the terms ``"policy"`` and ``"entropy"``, a function from a trajectory to relative
             weights of its response tokens (for example: more entropy bonus on the tokens that name a choice).
         evaluate: measured every ``config.eval_every`` steps under ``eval/``, for example a :class:`HeldOut`.
@@ -92,34 +106,54 @@ class OnlineTrainer(Run):
         *,
         critic: Literal["shared"] | Policy | None = None,
         reference: Literal["initial"] | Policy | None = "initial",
-        shape: Shape | None = None,
+        credit: Credit | Part | str | Mapping[str, Any] | None = None,
+        shape: Shape | Part | str | Mapping[str, Any] | Sequence[Any] | None = None,
+        objective: Callable[..., Any] | Part | str | Mapping[str, Any] | None = None,
         token_weights: Mapping[str, TokenWeights] | None = None,
         evaluate: Callable[[OnlineTrainer], Mapping[str, float]] | None = None,
         rollout_options: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         out: str | Path | None = None,
     ) -> None:
-        _check_parts(policy, engine, tasks, config, critic, reference, token_weights)
+        parts = assemble(config, credit=credit, shape=shape, objective=objective)
+        check_parts(
+            parts,
+            reward=reward,
+            policy=policy,
+            engine=engine,
+            tasks=tasks,
+            critic=critic,
+            reference=reference,
+            token_weights=token_weights,
+        )
+        config = parts.config
         self.policy = policy
         self.engine = engine
         self.environment = environment
         self.tasks = list(tasks)
         self.reward = reward
-        self.shape = shape
+        self.shape = parts.shape
+        self.credit = parts.credit
         self._settings = config
         self._token_weights = dict(token_weights or {})
         self._rollout_options = dict(rollout_options or {})
-        if config.kl_coef == 0:
+        if not parts.needs_reference:
             reference = None  # not even loaded: its forward pass would serve only a log line
         self.learner = Learner(
             policy,
             config,
             critic=policy if critic == "shared" else critic,
             reference=_initial(policy) if reference == "initial" else reference,
+            objective=parts.objective,
         )
-        self._algorithm = ALGORITHMS[config.algorithm]
+        self._algorithm = parts.algorithm
+        self._compares = "group" in parts.traits.needs
+        self._scorer = Scorer(
+            reward, parts.shape, on_error=config.on_reward_error, timeout=config.reward_timeout
+        )
         self._events = EventLoop()
         self._failure_reported = False
+        self._without_signal = 0
         if (config.eval_every > 0) != (evaluate is not None):
             raise ConfigError(
                 f"eval_every={config.eval_every} and evaluate={evaluate!r} belong together: give both or neither"
@@ -133,7 +167,7 @@ class OnlineTrainer(Run):
             total=config.steps,
             out=out,
             callbacks=callbacks,
-            identity={"tasks": digest(task.id for task in self.tasks)},
+            identity={"tasks": tasks_digest(self.tasks), **parts.identity()},
             save_every=config.save_every,
             keep_last=config.keep_last,
         )
@@ -191,31 +225,120 @@ class OnlineTrainer(Run):
     def train_step(self) -> tuple[dict[str, Any], StepDetail]:
         config = self._settings
         phases = Phases(self.policy.device)
-        chosen = batch_indices(len(self.tasks), config.prompts_per_step, self.step, seed=config.seed, drop_last=True)
-        seed = int(np.random.SeedSequence([config.seed & 0xFFFFFFFF, self.step]).generate_state(1)[0])
-        with phases("sampling"):
-            groups = self.sample([self.tasks[i] for i in chosen], seed=seed)
-        trajectories = [t for group in groups for t in group.trajectories]
-        self._report_failures(trajectories)
-        with phases("scoring"):
-            scores = self._score(trajectories)
+        groups, scores, excluded, failures = self._gather(phases)
         with phases("streams"):
             experience = collect(
-                groups, scores, mask_truncated=config.mask_truncated, credit_all=config.whiten == "response"
+                groups,
+                scores,
+                mask_truncated=config.mask_truncated,
+                credit_all=config.whiten == "response",
+                excluded=excluded,
             )
         mismatch = self.learner.prepare(experience, phases)
         with phases("streams"):
             streams = self._algorithm(experience, config)
             for term, weights in self._token_weights.items():
                 weigh(getattr(streams, term), experience, weights, term)
+            corrected = self._correct(experience, streams)
         update = self.learner.update(experience, streams, mismatch, step=self.step, total=self.total, phases=phases)
         if update["update/steps"]:
             self._sync(phases)
         with phases("metrics"):
-            row = {**sampling_row(experience, streams), **update}
+            row = {**sampling_row(experience, streams), **failure_row(failures), **update, **corrected}
+        self._watch_signal(experience, streams)
         learned = update["update/tokens"]
         row.update(phases.row({"sampling": int(experience.action.sum()), "forward": learned, "backward": learned}))
-        return row, StepDetail(groups, trajectories, scores, experience, streams)
+        return row, StepDetail(groups, experience.trajectories, scores, experience, streams, failures)
+
+    def _gather(
+        self, phases: Phases
+    ) -> tuple[list[Group], list[Score], np.ndarray | None, Counter[tuple[str, str]]]:
+        """Sample and score the groups of a step; replace those that teach nothing, as far as the settings allow.
+
+        What is drawn depends on the seed, the step and the round alone, so that nothing is queued between steps and a
+        resumed run draws the same.
+
+        Returns:
+            Groups, their scores (flat), which trajectories are excluded (None: no group was judged), failures.
+        """
+        config = self._settings
+        judged = config.filter is not None or config.dynamic_sampling > 0
+        groups: list[Group] = []
+        scores: list[Score] = []
+        useful: list[bool] = []
+        failures: Counter[tuple[str, str]] = Counter()
+        taken: list[int] = []
+        for turn in range(1 + config.dynamic_sampling):
+            missing = config.prompts_per_step - sum(useful)
+            if turn == 0:
+                n = len(self.tasks)
+                chosen = batch_indices(n, config.prompts_per_step, self.step, seed=config.seed, drop_last=True).tolist()
+            else:
+                chosen = further_indices(len(self.tasks), missing, taken, seed=(config.seed, self.step, turn))
+            if not missing or not chosen:
+                break
+            taken += chosen
+            key = [config.seed & 0xFFFFFFFF, self.step, *([turn] if turn else [])]
+            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+            with phases("sampling"):
+                new = self.sample([self.tasks[i] for i in chosen], seed=seed)
+            trajectories = [t for group in new for t in group.trajectories]
+            self._report_failures(trajectories)
+            with phases("scoring"):
+                progress = Progress(self.step, self.total)
+                made, failed = self._scorer(trajectories, progress, where=f"step {self.step + 1}")
+            groups += new
+            scores += made
+            failures += failed
+            if not judged:
+                return groups, scores, None, failures
+            useful += informative(new, made, config.filter, variance=config.dynamic_sampling > 0)
+        flat = [not use for use, group in zip(useful, groups, strict=True) for _ in group.trajectories]
+        return groups, scores, np.array(flat, dtype=bool), failures
+
+    def _correct(self, experience: Experience, streams: Streams) -> dict[str, float]:
+        """Weigh policy tokens by the trainer's over the sampler's probability, truncated."""
+        cap = self._settings.importance_cap
+        if cap is None:
+            return {}
+        assert experience.old is not None
+        weight = truncated_importance_weight(experience.old, experience.sampled, cap)
+        action = torch.from_numpy(experience.action)
+        streams.policy *= torch.where(action, weight, 0.0)
+        chosen = weight[action]
+        if not len(chosen):
+            return {}
+        return {
+            "mismatch/weight_mean": float(chosen.mean()),
+            "mismatch/weight_capped": float((chosen >= cap).float().mean()),
+        }
+
+    def _watch_signal(self, experience: Experience, streams: Streams) -> None:
+        """Warn, then end the run, where groups that are compared have had nothing to compare for many steps."""
+        limit = self._settings.no_signal_steps
+        if not self._compares or limit is None:
+            return
+        action = torch.from_numpy(experience.action)
+        if bool(streams.advantage[action].any()):
+            self._without_signal = 0
+            return
+        self._without_signal += 1
+        rewards = experience.rewards[experience.kept]
+        seen = f"all rewards of the last step are {rewards[0]:g}" if len(set(rewards.tolist())) == 1 else (
+            "within each group all rewards are equal" if len(rewards) else "no trajectory was kept"
+        )
+        advice = (
+            "where they are all high, the task is solved: stop, or take harder tasks; else take easier tasks, a reward "
+            "with partial credit, a larger group_size or a higher temperature"
+        )
+        if self._without_signal == limit:
+            self.warn(f"stopped: no group had any variance for {limit} steps ({seen}), so nothing was learned; {advice}")
+            self.stop("no_signal")
+        elif self._without_signal == max(1, limit // 2):
+            self.warn(
+                f"step {self.step + 1}: no group had any variance for {self._without_signal} steps ({seen}); the run "
+                f"ends after {limit} such steps (no_signal_steps). {advice[0].upper()}{advice[1:]}"
+            )
 
     def _report_failures(self, trajectories: list[Trajectory]) -> None:
         """Say once why trajectories fail; stop where none is left. They are counted in every row."""
@@ -241,36 +364,22 @@ class OnlineTrainer(Run):
                 if inspect.isawaitable(done):
                     self.run_async(done)
 
-    def _score(self, trajectories: list[Trajectory]) -> list[Score]:
-        """Score, shape, validate; what is not a finite score is counted and handled as the settings say."""
-        where = f"step {self.step + 1}"
-        scores = _checked(self.reward, (trajectories,), trajectories, where)
-        if self.shape is not None:
-            scores = _checked(self.shape, (trajectories, scores), trajectories, where)
-        invalid = [s for s in scores if not s.valid]
-        dropping = "drop" in (self._settings.on_reward_error, getattr(self.reward, "on_error", None))
-        if invalid and not dropping:
-            raise RewardError(
-                f"{where}: {len(invalid)} of {len(scores)} trajectories have no valid score; the first: "
-                f"{invalid[0].reason}. Mend the reward, or leave such trajectories out with on_reward_error='drop'"
-            )
-        return scores
-
     def _stateful(self) -> list[tuple[str, Any]]:
-        parts: list[tuple[str, Any]] = [("reward", self.reward), ("shape", self.shape)]
+        parts: list[tuple[str, Any]] = [("reward", self.reward), ("shape", self.shape), ("credit", self.credit)]
         return [(name, part) for name, part in parts if hasattr(part, "state_dict")]
 
     def write(self, folder: Path) -> dict[str, Any]:
         state = self.learner.write(folder)
         for name, part in self._stateful():
             state[name] = part.state_dict()
-        return {**state, "torch": torch.get_rng_state()}
+        return {**state, "generators": generator_states(), "without_signal": self._without_signal}
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.learner.restore(folder, state)
         for name, part in self._stateful():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["torch"])
+        restore_generators(state["generators"])
+        self._without_signal = int(state["without_signal"])
         self._sync(Phases())
 
 
@@ -282,58 +391,3 @@ def _initial(policy: Policy) -> Policy:
         frozen.model.requires_grad_(False)
         return frozen
     return policy.reference()
-
-
-def _checked(function: Any, arguments: tuple[Any, ...], trajectories: list[Trajectory], where: str) -> list[Score]:
-    name = str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
-    try:
-        raw = list(function(*arguments))
-    except GuerdonError:
-        raise
-    except Exception as error:  # a stranger's code may raise anything; it is named and goes on
-        some = ", ".join(sorted({repr(t.task.id) for t in trajectories})[:3])
-        raise RewardError(f"{where}: {name!r} raised {type(error).__name__}: {error} (tasks {some}, ...)") from error
-    if len(raw) != len(trajectories):
-        raise RewardError(f"{where}: {name!r} returned {len(raw)} scores for {len(trajectories)} trajectories")
-    return [validate_score(s, reward=name, task_id=t.task.id) for s, t in zip(raw, trajectories, strict=True)]
-
-
-def _check_parts(
-    policy: Policy,
-    engine: Engine,
-    tasks: Sequence[Task],
-    config: OnlineConfig,
-    critic: Any,
-    reference: Any,
-    token_weights: Mapping[str, Any] | None,
-) -> None:
-    """Refuse parts that do not fit the settings, all at once."""
-    problems: list[str] = []
-    if config.algorithm == "ppo":
-        if critic is None:
-            problems.append("algorithm='ppo' needs a critic: give critic='shared' or a policy with a value head")
-        elif getattr(policy if critic == "shared" else critic, "value_head", None) is None:
-            problems.append("the critic has no value head; load it with value_head=True")
-    elif critic is not None:
-        problems.append(f"algorithm={config.algorithm!r} uses no critic; leave critic out or choose 'ppo'")
-    if config.kl_coef > 0 and reference is None:
-        problems.append("kl_coef > 0 needs a reference: give reference='initial' or a policy, or set kl_coef=0")
-    if not engine.trainable:
-        problems.append(
-            f"{type(engine).__name__} records no token ids or log-probabilities, so its rollouts cannot be trained on"
-        )
-    ids = [task.id for task in tasks]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        problems.append(f"task id {twice!r} occurs twice; ids seed the sampling and must be unique")
-    if len(ids) < config.prompts_per_step:
-        problems.append(
-            f"prompts_per_step={config.prompts_per_step} exceeds the {len(ids)} tasks; give more or lower it"
-        )
-    unknown = set(token_weights or {}) - {"policy", "entropy"}
-    if unknown:
-        problems.append(f"token_weights knows the terms 'policy' and 'entropy', got {sorted(unknown)[0]!r}")
-    elif "entropy" in (token_weights or {}) and config.entropy_coef == 0 and not config.entropy_final:
-        problems.append("token_weights['entropy'] has no effect with entropy_coef=0; set entropy_coef")
-    if problems:
-        raise ConfigError("; ".join(problems))

@@ -17,20 +17,25 @@ import torch
 from torch import Tensor
 
 from guerdon.errors import ConfigError, RewardError
+from guerdon.training.grids import Grid
 from guerdon.types import Group, Score, StopReason, Trajectory
 
 if TYPE_CHECKING:
     from guerdon.training.config import OnlineConfig
 
 __all__ = [
+    "Credit",
     "Experience",
+    "StepTable",
     "Streams",
     "TokenWeights",
     "collect",
+    "critic_streams",
     "grpo_streams",
     "normalise",
     "ppo_streams",
     "weigh",
+    "with_credit",
     "zero_variance",
 ]
 
@@ -53,6 +58,7 @@ class Experience:
         action: [N] bool, True on policy tokens of kept trajectories.
         credit: [N] bool, the tokens that count as time steps for a critic: ``action``, or all of a kept trajectory.
         sampled: [N] float32, log-probability at sampling; 0 on other tokens.
+        excluded: [B] bool or None, True for trajectories of groups that were filtered out.
         old, reference, values: [N] float32 or None, under the policy before the update, under the
             reference, and of the critic.
     """
@@ -69,6 +75,7 @@ class Experience:
     action: np.ndarray
     credit: np.ndarray
     sampled: Tensor
+    excluded: np.ndarray | None = None
     old: Tensor | None = None
     reference: Tensor | None = None
     values: Tensor | None = None
@@ -87,6 +94,90 @@ class Experience:
         out = np.full(len(self), -1, dtype=np.int64)
         index = np.flatnonzero(self.action)
         out[self.trajectory[index]] = index  # ascending, so the last one written stays
+        return out
+
+    def steps(self) -> StepTable:
+        """The step values of all kept trajectories, in the flat layout.
+
+        Raises:
+            RewardError: a kept trajectory's score has no steps, or a step lies outside its response or covers a
+                token that the policy did not say.
+        """
+        owners: list[int] = []
+        numbers: list[int] = []
+        starts: list[int] = []
+        stops: list[int] = []
+        values: list[float] = []
+        for b in np.flatnonzero(self.kept):
+            score, base = self.scores[b], int(self.offsets[b])
+            if score.steps is None or score.step_spans is None:
+                raise RewardError(
+                    f"the score of task {self.trajectories[b].task.id!r} has no step values; "
+                    "use a reward that scores steps (with a segmenter), or a credit rule for outcomes"
+                )
+            for k, (value, span) in enumerate(zip(score.steps, score.step_spans, strict=True)):
+                start, stop = base + span.start, base + span.stop
+                if stop > self.offsets[b + 1] or start == stop or not self.action[start:stop].all():
+                    raise RewardError(
+                        f"step {k} of task {self.trajectories[b].task.id!r} is [{span.start}, {span.stop}) of a response "
+                        f"of {self.offsets[b + 1] - base} tokens; a step covers policy tokens only, and at least one"
+                    )
+                owners.append(int(b))
+                numbers.append(k)
+                starts.append(start)
+                stops.append(stop)
+                values.append(float(value))
+        ints = (np.asarray(x, dtype=np.int64) for x in (owners, numbers, starts, stops))
+        return StepTable(*ints, np.asarray(values, dtype=np.float64))
+
+    def token_rewards(self) -> np.ndarray:
+        """[N] float64, the token values of all kept trajectories; 0 on other tokens.
+
+        Raises:
+            RewardError: a kept trajectory's score has no token values, or another number of them.
+        """
+        out = np.zeros(len(self.action))
+        for b in np.flatnonzero(self.kept):
+            tokens, length = self.scores[b].tokens, int(self.offsets[b + 1] - self.offsets[b])
+            if tokens is None or len(tokens) != length:
+                given = "no token values" if tokens is None else f"{len(tokens)} token values for {length} tokens"
+                raise RewardError(f"the score of task {self.trajectories[b].task.id!r} has {given}")
+            out[self.offsets[b] : self.offsets[b + 1]] = tokens
+        return np.where(self.action, out, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """One row per step of the kept trajectories, in order.
+
+    Args:
+        trajectory: [S] owner of each step.
+        index: [S] its number within the trajectory.
+        start, stop: [S] its tokens in the flat layout, half-open.
+        value: [S] float64, what the reward said.
+    """
+
+    trajectory: np.ndarray
+    index: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    value: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def spread(self, values: np.ndarray, n: int) -> np.ndarray:
+        """[n] float64: each step's value on every token of it, 0 elsewhere."""
+        out = np.zeros(n)
+        lengths = self.stop - self.start
+        index = np.repeat(self.start, lengths) + np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        out[index] = np.repeat(values, lengths)
+        return out
+
+    def at_ends(self, values: np.ndarray, n: int) -> np.ndarray:
+        """[n] float64: each step's value on its last token, 0 elsewhere."""
+        out = np.zeros(n)
+        out[self.stop - 1] = values
         return out
 
 
@@ -115,13 +206,19 @@ class Streams:
 
 
 def collect(
-    groups: Sequence[Group], scores: Sequence[Score], *, mask_truncated: bool = False, credit_all: bool = False
+    groups: Sequence[Group],
+    scores: Sequence[Score],
+    *,
+    mask_truncated: bool = False,
+    credit_all: bool = False,
+    excluded: np.ndarray | None = None,
 ) -> Experience:
     """Lay the trajectories of a step out flat.
 
     A trajectory is kept when its score is valid, it has a policy token, it did not fail
     (``StopReason.ERROR``, ``ABORTED``), its context did not slide (``info["slid"]``: the policy sampled from
-    another context than the trainer would see), and, with ``mask_truncated``, was not cut off.
+    another context than the trainer would see), is not ``excluded`` ([B] bool), and, with ``mask_truncated``, was not
+    cut off.
 
     Raises:
         ConfigError: a policy turn carries no token ids or no log-probabilities.
@@ -160,6 +257,8 @@ def collect(
     kept &= np.array([not t.info.get("slid", False) for t in trajectories], dtype=bool)
     if mask_truncated:
         kept &= ~np.array([s.truncated for s in stops], dtype=bool)
+    if excluded is not None:
+        kept &= ~excluded
     action &= kept[trajectory_N]
     return Experience(
         trajectories=trajectories,
@@ -174,6 +273,7 @@ def collect(
         action=action,
         credit=kept[trajectory_N] if credit_all else action,
         sampled=torch.from_numpy(np.fromiter(chain.from_iterable(logprobs), dtype=np.float32, count=n)),
+        excluded=excluded,
     )
 
 
@@ -235,9 +335,6 @@ def ppo_streams(experience: Experience, config: OnlineConfig) -> Streams:
     before the update and the reference. Environment tokens are no time steps, unless ``whiten="response"``
     asks for the released Router-R1 code's way, in which they are. Source: Schulman et al. 2016, 2017.
     """
-    from guerdon.credit import gae
-
-    assert experience.values is not None
     credit = experience.credit
     rewards = torch.zeros(len(credit))
     last = experience.last_action
@@ -250,33 +347,32 @@ def ppo_streams(experience: Experience, config: OnlineConfig) -> Streams:
         assert experience.old is not None and experience.reference is not None
         penalty = KL[config.kl_kind](experience.old, experience.reference)
         rewards -= torch.where(action, config.kl_coef * penalty, 0.0)
+    return critic_streams(experience, rewards, config, config.gamma, config.lam)
 
+
+def critic_streams(
+    experience: Experience, rewards: Tensor, config: OnlineConfig, gamma: float, lam: float
+) -> Streams:
+    """Streams of generalised advantage estimates over given rewards.
+
+    Args:
+        experience: with values.
+        rewards: [N] float32 reward of each action token.
+        config: for whitening.
+        gamma, lam: discount and trace decay.
+    """
+    from guerdon.credit import gae
+
+    assert experience.values is not None
     # Only credit tokens are time steps: they are gathered to the left of a [B, T] grid.
-    index = np.flatnonzero(credit)
-    owner = experience.trajectory[index]
-    counts = np.bincount(owner, minlength=len(experience))
-    starts = np.concatenate(([0], np.cumsum(counts)))[:-1]
-    column = np.arange(len(index)) - starts[owner]
-    shape = (len(experience), int(counts.max(initial=1)))
-    where = (torch.from_numpy(owner), torch.from_numpy(column))
-    flat = torch.from_numpy(index)
-
-    def grid(values: Tensor) -> Tensor:
-        out = torch.zeros(shape, dtype=values.dtype)
-        out[where] = values[flat]
-        return out
-
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask[where] = True
-    advantage_BT, target_BT = gae(grid(rewards), grid(experience.values), mask, config.gamma, config.lam)
-    advantage = torch.zeros(len(credit))
-    target = torch.zeros(len(credit))
-    advantage[flat] = advantage_BT[where]
-    target[flat] = target_BT[where]
-    advantage = _whiten(advantage, experience, config)
-    ones = action.float()
-    value = torch.from_numpy(credit).float()
-    return Streams(advantage, ones, ones.clone(), ones.clone(), value, target, np.zeros(len(experience), dtype=bool))
+    index = np.flatnonzero(experience.credit)
+    grid = Grid(index, experience.trajectory[index], len(experience), len(rewards))
+    advantage_BT, target_BT = gae(grid.gather(rewards), grid.gather(experience.values), grid.mask, gamma, lam)
+    advantage = _whiten(grid.scatter(advantage_BT), experience, config)
+    ones = torch.from_numpy(experience.action).float()
+    value = torch.from_numpy(experience.credit).float()
+    skip = np.zeros(len(experience), dtype=bool)
+    return Streams(advantage, ones, ones.clone(), ones.clone(), value, grid.scatter(target_BT), skip)
 
 
 def zero_variance(experience: Experience) -> np.ndarray:
@@ -315,6 +411,45 @@ def weigh(stream: Tensor, experience: Experience, weights: TokenWeights, what: s
             )
         rows.append(row)
     stream *= torch.from_numpy(np.fromiter(chain.from_iterable(rows), dtype=np.float32, count=len(stream)))
+
+
+Credit = Callable[[Experience, "OnlineConfig"], "Tensor | Streams"]
+"""A credit rule: advantages per flat token ``[N]``, 0 off the policy's tokens, or whole streams."""
+
+
+def with_credit(credit: Credit) -> Callable[[Experience, OnlineConfig], Streams]:
+    """Make an algorithm of a credit rule: its advantages, and each action token once in every term.
+
+    Raises:
+        ConfigError: the rule returned another number of advantages than there are response tokens.
+    """
+
+    def algorithm(experience: Experience, config: OnlineConfig) -> Streams:
+        made = credit(experience, config)
+        if isinstance(made, Streams):
+            return made
+        advantage = torch.as_tensor(made, dtype=torch.float32)
+        if advantage.shape != (len(experience.action),):
+            raise ConfigError(
+                f"the credit rule returned advantages of shape {tuple(advantage.shape)}, "
+                f"one per response token ({len(experience.action)}) is expected"
+            )
+        action = torch.from_numpy(experience.action)
+        ones = action.float()
+        advantage = _whiten(torch.where(action, advantage, 0.0), experience, config)
+        skip = np.zeros(len(experience), dtype=bool)
+        if config.skip_zero_variance and config.whiten == "none":
+            skip = experience.kept & ~_stirred(experience, advantage)
+        return Streams(advantage, ones, ones.clone(), ones.clone(), None, None, skip)
+
+    return algorithm
+
+
+def _stirred(experience: Experience, advantage: Tensor) -> np.ndarray:
+    """[B] bool, True for trajectories of a group in which any token's advantage is not 0."""
+    moved = np.zeros(int(experience.group.max(initial=-1)) + 1, dtype=bool)
+    moved[experience.group[experience.trajectory[advantage.numpy() != 0]]] = True
+    return moved[experience.group]
 
 
 ALGORITHMS: dict[str, Callable[[Experience, OnlineConfig], Streams]] = {"grpo": grpo_streams, "ppo": ppo_streams}

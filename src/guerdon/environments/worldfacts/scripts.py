@@ -2,9 +2,9 @@
 
 The script asks a uniformly random member each time and stops after a random number of calls, so the
 warm start teaches the protocol and nothing about whom to ask or when to stop. The thought before a
-call names the skill that the question needs, as any language model would know it, and then a skill of the
-member that is about to be asked: the needed one where that member happens to have it, else any. So "what
-is needed" and "who has this skill" are learnable from the scripts, while most of the members that are asked
+call names the skill that the question needs, as any language model would know it, and then a skill (and the
+price) of the member that is about to be asked: the needed one where that member happens to have it, else any. So
+"what is needed" and "who has this skill" are learnable from the scripts, while most of the members that are asked
 lack the skill; that one should ask those who have it is left for reinforcement learning to find out.
 """
 
@@ -61,6 +61,7 @@ def scripted_rollout(
     max_calls: int = 3,
     min_calls: int = 1,
     guesses: Sequence[str] = ("unknown",),
+    prices: bool = True,
 ) -> list[Segment]:
     """Write one rollout.
 
@@ -75,6 +76,7 @@ def scripted_rollout(
         wrap: turns a reply into the observation that the environment would show.
         max_calls, min_calls: most and least calls.
         guesses: one of them is the answer where no reply holds any.
+        prices: the prompt shows prices, and a compact thought names the member's.
 
     Returns:
         Segments; policy segments together are valid under the format reward.
@@ -97,7 +99,8 @@ def scripted_rollout(
         needed = chain[min(k, len(chain) - 1)].domain
         known = member.skill.domains
         skill = needed if needed in known else known[int(rng.integers(len(known)))]
-        compact = f"need {needed} ; try {skill} {member.name}"
+        price = f" {member.skill.price:.0f}" if prices else ""
+        compact = f"need {needed} ; try {skill}{price} {member.name}"
         thought = (
             compact if register == "compact" else f"This is about {needed}. I try {member.name}, which knows {skill}."
         )

@@ -1,0 +1,55 @@
+"""Learned scorers with ``fit`` and ``score``: preference models, judges, process and implicit rewards."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME: dict[str, str] = {
+    "BradleyTerry": "bradley_terry",
+    "FeatureTrunk": "trunks",
+    "FitReport": "implicit",
+    "FitSettings": "progress_estimator",
+    "GruTrunk": "trunks",
+    "ImplicitPRM": "implicit",
+    "Judge": "judge",
+    "JudgeRewardModel": "judge",
+    "ModelReward": "bradley_terry",
+    "PAPER_FIT": "progress_estimator",
+    "PolicyTrunk": "trunks",
+    "Preference": "bradley_terry",
+    "PrimeReward": "prime",
+    "ProcessAdvantageVerifier": "advantage_verifier",
+    "ProcessReward": "process_reward",
+    "ProgressEstimator": "progress_estimator",
+    "ProgressReward": "progress_reward",
+    "ScalarRewardModel": "bradley_terry",
+    "StepClassifier": "step_heads",
+    "StepReward": "steps",
+    "StepRewards": "process_reward",
+    "StepScorer": "steps",
+    "StepValue": "step_heads",
+    "THINKING_RUBRIC": "judge",
+    "TurnReward": "progress_reward",
+    "Verdict": "judge",
+    "balanced_bins": "balance",
+    "bt_loss": "preference_loss",
+    "engine_generate": "judge",
+    "first_error": "ranking",
+    "fit_threshold": "ranking",
+    "masked_regression_loss": "preference_loss",
+    "parse_unit_score": "judge",
+    "pick_best": "ranking",
+    "preference_loss": "preference_loss",
+    "process_f1": "ranking",
+    "reasoning_of": "judge",
+    "weighted_vote": "ranking",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"guerdon.reward_models.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'guerdon.reward_models' has no attribute {name!r}")
