@@ -6,6 +6,12 @@ import importlib
 from typing import Any
 
 _HOME: dict[str, str] = {
+    "openrlhf": "trainers",
+    "to_trajectory": "conversation",
+    "trl": "trainers",
+    "verifiers": "trainers",
+    "verifiers_rubric": "trainers",
+    "verl": "trainers",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605
