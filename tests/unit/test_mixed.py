@@ -98,7 +98,7 @@ def test_both_directions_by_hand() -> None:
     assert max_average_similarity(torch.zeros(1, 2), v) == (0.0, 0.0)
 
 
-WORDS = {w: k for k, w in enumerate("red green blue square circle a the".split())}
+WORDS = {w: k for k, w in enumerate(["red", "green", "blue", "square", "circle", "a", "the"])}
 
 
 def bmas(**options) -> BMAS:

@@ -110,8 +110,9 @@ class RoutedReward(Reward):
         if types is None or not len(trajectories) == len(golds) == len(types):
             n = "no types" if types is None else f"{len(types)} types"
             raise ConfigError(f"{len(trajectories)} texts, {len(golds)} golds and {n}: give one of each for every text")
-        unknown = next((t for t in types if t not in self.routes), None)
-        if unknown is not None:
+        strange = [t for t in types if t not in self.routes]
+        if strange:
+            unknown = strange[0]
             raise ConfigError(
                 f"unknown type {unknown!r}{nearest(str(unknown), self.routes)}; choose from {', '.join(self.routes)}"
             )
