@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guerdon.errors import ConfigError, DataError
-from guerdon.evaluation.sari import sari, sari_sentence
+from guerdon.evaluation.simplification import sari, sari_sentence
 from guerdon.reward_models.style import StyleDiscriminator, auc
 from guerdon.rewards.readability import (
     FKGLReward,

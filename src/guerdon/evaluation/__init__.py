@@ -11,6 +11,8 @@ _HOME: dict[str, str] = {
     "experience_kl": "monitors",
     "filler_check": "filler",
     "pass_at_k": "passes",
+    "sari": "simplification",
+    "sari_sentence": "simplification",
     "text_monitors": "monitors",
 }
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from guerdon.errors import CheckpointError, ConfigError, DataError, TrainingError
-from guerdon.reward_models.preference_loss import masked_regression_loss, preference_loss
+from guerdon.reward_models.pair_losses import masked_regression_loss, preference_loss
 from guerdon.reward_models.trunks import Item, PolicyTrunk, Trunk, batches, load_trunk
 from guerdon.rewards import Reward
 from guerdon.types import Score, Trajectory

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guerdon.credit.implicit import reduce_steps
+from guerdon.credit.implicit import implicit_rewards, reduce_steps
 from guerdon.errors import CheckpointError, ConfigError, DataError, TrainingError
 from guerdon.objectives.implicit import implicit_ce, implicit_dpo, implicit_kto, implicit_nca
 from guerdon.reward_models.logratio import Loss, Responses, accumulate, logprobs
@@ -28,7 +28,7 @@ from guerdon.reward_models.ranking import first_error
 from guerdon.reward_models.text import joined_steps, text_trajectories
 from guerdon.types import Segmenter, Span, Trajectory, step_spans
 
-__all__ = ["FitReport", "ImplicitPRM"]
+__all__ = ["FitReport", "ImplicitPRM", "check_labels", "check_tokenizer", "implicit_rewards"]
 
 LossName = Literal["ce", "dpo", "kto", "nca"]
 Mode = Literal["difference", "cumulative"]
@@ -470,7 +470,10 @@ def check_labels(labels: Any, n: int, *, soft: bool = False) -> Tensor:
     """
     if labels is None:
         raise DataError("labels are missing; give one per response, 1 for right and 0 for wrong")
-    out = torch.as_tensor(labels, dtype=torch.float64).detach().cpu()
+    try:
+        out = torch.as_tensor(labels, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels must be numbers, one per response: {error}") from None
     if out.shape != (n,):
         raise DataError(f"labels have shape {tuple(out.shape)} for {n} responses; give one per response")
     bad = ~((out >= 0) & (out <= 1)) if soft else ~((out == 0) | (out == 1))

@@ -41,9 +41,12 @@ class PrimeReward(ImplicitPRM):
 
     Attributes:
         updates: optimiser steps so far.
-        metrics: of the last batch: loss, share of prompts with both kinds of outcome, pairwise accuracy before the
-            update and after it (the latter with ``measure_after`` or order ``"before"``).
+        metrics: of the last batch: ``loss``, ``updates``, and the pairwise accuracy of the sums of its rewards,
+            ``accuracy_before`` the update and ``accuracy_after`` it (the latter with ``measure_after``, at the cost of
+            one more forward pass, or with order ``"before"``).
     """
+
+    name = "prime_reward"
 
     def __init__(
         self,

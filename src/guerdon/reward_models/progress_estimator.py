@@ -174,7 +174,7 @@ class ProgressEstimator(nn.Module):
                 raise ConfigError("head='logits' reads a language model's vocabulary; give a policy, or another head")
             elif isinstance(source, int) and not isinstance(source, bool):
                 self.turns = TurnFeatures(source, memory=memory, hidden=hidden or 64)
-            elif callable(getattr(source, "encode", None)):
+            elif callable(getattr(source, "encode", None)) and not isinstance(source, str):
                 self.turns = EncodedTurns(source, memory=memory, hidden=hidden or 64)
             else:
                 raise ConfigError(

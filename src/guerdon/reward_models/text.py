@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def text_trajectory(policy: Policy, prompt: Any, response: Any, *, id: str = "te
     if isinstance(prompt, str):
         messages: Any = ({"role": "user", "content": prompt},)
     else:
-        messages = tuple(prompt)
+        messages = tuple(prompt) if isinstance(prompt, Iterable) else ()
     if messages and all(isinstance(m, int | np.integer) for m in messages):
         prompt_ids, messages = tuple(int(i) for i in messages), ()
     elif messages and all(isinstance(m, Mapping) for m in messages):

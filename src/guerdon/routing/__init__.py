@@ -14,7 +14,7 @@ _HOME = {
     "Reply": "member",
     "RouterR1": "router_r1",
     "RoutingEnv": "env",
-    "evaluate_router": "evaluate",
+    "evaluate_router": "router_r1",
     "neutralise": "protocol",
     "parse_action": "protocol",
     "router_prompt": "prompt",
