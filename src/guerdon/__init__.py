@@ -60,7 +60,7 @@ _PACKAGES = (
 )
 _NOUNS = ("Group", "Score", "Segmenter", "Span", "StopReason", "Task", "Trajectory", "Turn", "Usage")
 
-__all__ = ["__version__", *_NOUNS, *_PACKAGES]  # noqa: PLE0604
+__all__ = ["__version__", "reward", *_NOUNS, *_PACKAGES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
@@ -68,6 +68,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"guerdon.{name}")
     if name in _NOUNS:
         return getattr(importlib.import_module("guerdon.types"), name)
+    if name == "reward":
+        return importlib.import_module("guerdon.rewards.function").reward
     raise AttributeError(f"module 'guerdon' has no attribute {name!r}")
 
 

@@ -11,6 +11,7 @@ from guerdon.cli.common import STATE
 from guerdon.cli.papers import papers_command, reproduce_command
 from guerdon.cli.route import app as route_app
 from guerdon.cli.serve import keys_app, serve_command
+from guerdon.cli.score import score_command
 from guerdon.cli.train import train_command
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ def _root(
 
 app.command("papers")(papers_command)
 app.command("reproduce")(reproduce_command)
+app.command("score")(score_command)
 app.command("serve")(serve_command)
 app.command("train")(train_command)
 app.add_typer(keys_app, name="keys")

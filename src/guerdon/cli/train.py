@@ -58,7 +58,9 @@ def train_command(
     result = _train(settings, reward, tasks, held_out, trackers, folder)
     if result.stopped == "interrupted":
         raise KeyboardInterrupt
-    progress(f"{result.stopped} after step {result.step}; the policy is in {folder / 'policy'}, metrics in metrics.jsonl")
+    progress(
+        f"{result.stopped} after step {result.step}; the policy is in {folder / 'policy'}, metrics in metrics.jsonl"
+    )
     last = result.history[-1] if result.history else _last_row(folder)
     emit(last, as_json=as_json, text=str(folder / "policy"))
     raise typer.Exit(1 if result.stopped == "no_signal" else 0)

@@ -8,11 +8,14 @@ from typing import Any
 _HOME: dict[str, str] = {
     "FillerCurve": "filler",
     "SequenceKl": "monitors",
+    "Summary": "score_stream",
     "experience_kl": "monitors",
     "filler_check": "filler",
     "pass_at_k": "passes",
+    "read_records": "score_stream",
     "sari": "simplification",
     "sari_sentence": "simplification",
+    "score_records": "score_stream",
     "text_monitors": "monitors",
 }
 

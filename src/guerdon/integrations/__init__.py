@@ -7,7 +7,6 @@ from typing import Any
 
 _HOME: dict[str, str] = {
     "openrlhf": "trainers",
-    "to_trajectory": "conversation",
     "trl": "trainers",
     "verifiers": "trainers",
     "verifiers_rubric": "trainers",

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from guerdon.errors import ConfigError, RewardError
-from guerdon.integrations.conversation import score_all, to_trajectory
 from guerdon.rewards.base import Progress, Reward, as_reward
+from guerdon.rewards.conversation import score_all, to_trajectory
 from guerdon.types import Score
 
 __all__ = ["openrlhf", "trl", "verifiers", "verifiers_rubric", "verl"]

@@ -9,6 +9,7 @@ _HOME = {
     "markdown_table": "table",
     "plain_table": "table",
     "plot_frontier": "frontier",
+    "plot_histogram": "histogram",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605
