@@ -13,17 +13,23 @@ ENVIRONMENT: dict[str, str] = {
 }
 
 REWARD: dict[str, str] = {
+    "box_iou": "guerdon.rewards:BoxIoU",
     "boxed_format": "guerdon.rewards:BoxedFormat",
     "boxed_match": "guerdon.rewards:BoxedMatch",
     "call_cost": "guerdon.rewards:CallCost",
+    "choice_match": "guerdon.rewards:ChoiceMatch",
     "code_tests": "guerdon.rewards:CodeTests",
     "exact_match": "guerdon.rewards:ExactMatch",
+    "fkgl": "guerdon.rewards:FKGLReward",
     "format_length": "guerdon.rewards:format_length",
     "hump_length": "guerdon.rewards:HumpLength",
+    "length_incentive": "guerdon.rewards:LengthIncentive",
     "linear_length": "guerdon.rewards:LinearLength",
     "overlong_penalty": "guerdon.rewards:OverlongPenalty",
     "phrase_reward": "guerdon.rewards:PhraseReward",
+    "preservation_gate": "guerdon.rewards:PreservationGate",
     "reasoning_sql": "guerdon.rewards:reasoning_sql",
+    "relaxed_number": "guerdon.rewards:RelaxedNumber",
     "sql_execution": "guerdon.rewards:ExecutionMatch",
     "sql_format": "guerdon.rewards:SQLFormat",
     "sql_ngrams": "guerdon.rewards:NgramOverlap",
@@ -31,8 +37,12 @@ REWARD: dict[str, str] = {
     "sql_syntax": "guerdon.rewards:SQLSyntax",
     "tag_format": "guerdon.rewards:TagFormat",
     "target_length": "guerdon.rewards:TargetLength",
+    "think_answer_format": "guerdon.rewards:ThinkAnswerFormat",
     "token_f1": "guerdon.rewards:TokenF1",
+    "toolrl": "guerdon.rewards:toolrl",
+    "trigram_uniqueness": "guerdon.rewards:TrigramUniqueness",
     "typed_outcome": "guerdon.rewards:TypedOutcome",
+    "zipf_simplicity": "guerdon.rewards:ZipfSimplicity",
 }
 
 SHAPE: dict[str, str] = {
@@ -40,6 +50,7 @@ SHAPE: dict[str, str] = {
     "clip": "guerdon.shaping:clip",
     "flip_scores": "guerdon.shaping:FlipScores",
     "overlong": "guerdon.training.shapes:Overlong",
+    "par": "guerdon.shaping:par",
     "quantile_rescale": "guerdon.shaping:quantile_rescale",
 }
 
@@ -57,6 +68,7 @@ CREDIT: dict[str, str] = {
     "returns_relative": "guerdon.training.rules.process:ReturnsRelative",
     "step_leave_one_out": "guerdon.training.rules.stepwise:StepLeaveOneOut",
     "sum_form": "guerdon.training.rules.minform:SumCredit",
+    "termination_relative": "guerdon.training.rules.termination:TerminationRelative",
     "token_returns": "guerdon.training.rules.stepwise:TokenReturns",
 }
 

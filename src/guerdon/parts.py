@@ -61,8 +61,9 @@ class Part:
     function: Callable[..., Any] = field(compare=False, repr=False)
 
     def __call__(self, *tensors: Any, **more: Any) -> Any:
-        """Call the function with the settings; ``more`` wins over them."""
-        return self.function(*tensors, **{**self.settings, **more})
+        """Call the function with its settings; ``more`` wins over them. Those of the rule around it are left out."""
+        own = {key: value for key, value in self.settings.items() if key in self.parameters}
+        return self.function(*tensors, **{**own, **more})
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"
@@ -106,7 +107,7 @@ def part(
             if args or first in kwargs:
                 return function(*args, **kwargs)
             # A name may stand for more than the function: a credit rule has settings that its mathematics has not.
-            target = registry(kind)[label] if label in registry(kind) else call
+            target = registry(kind).get(label, call)
             target = function if target is call else target
             free = {p.name: p for p in inspect.signature(target).parameters.values() if p.name not in inputs}
             for key in kwargs:
@@ -173,7 +174,11 @@ def _check_settings(kind: str, name: str, factory: Any, settings: Mapping[str, A
         if key not in known:
             raise ConfigError(f"{kind} {name!r} has no setting {key!r}{nearest(key, known)}")
     bound = hasattr(factory, "__wrapped__")  # a pure function's inputs come later, and it checks its own settings
-    missing = [key for key, p in known.items() if p.default is p.empty and key not in settings and p.kind is not p.VAR_POSITIONAL]
+    missing = [
+        key
+        for key, p in known.items()
+        if p.default is p.empty and key not in settings and p.kind is not p.VAR_POSITIONAL
+    ]
     if missing and not bound:
         raise ConfigError(f"{kind} {name!r} needs {' and '.join(missing)}: {{name: {name}, {missing[0]}: ...}}")
     return star

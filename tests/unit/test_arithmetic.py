@@ -18,6 +18,7 @@ from guerdon.environments.arithmetic import (
     final_answer,
     make_tasks,
     scripts,
+    step_labels,
     words,
     write,
 )
@@ -203,6 +204,8 @@ def test_styles_do_what_they_say() -> None:
     assert np.mean([r.right for r in reports("guess")]) == pytest.approx(0.4, abs=0.1)
     assert all(r.steps == 0 for r in reports("guess"))
     assert np.mean([r.right for r in reports(Style(wrong_lines=1, lucky=0.5))]) == pytest.approx(0.5, abs=0.1)
+    slips = reports(Style(slip=0.5))
+    assert all(r.coverage == 1.0 for r in slips) and np.mean([r.right for r in slips]) == pytest.approx(0.5, abs=0.1)
     cancelled = reports(Style(error=0.3, cancel=1.0))
     assert any(r.right and r.first_wrong is not None for r in cancelled)
     assert all(r.boxed for r in reports("boxed")) and not any(r.boxed or r.right for r in reports("malformed"))
@@ -253,7 +256,8 @@ def test_gold_rewards(policy) -> None:
     only_end = Trajectory(
         task, (Turn("policy", "", (policy.tokenizer.eos_token_id,)),), StopReason.DONE, prompt_ids=(1,)
     )
-    assert StepOracle()([only_end])[0].steps == (0.0,)
+    assert StepOracle()([only_end])[0].steps == (0.0,) and step_labels(only_end) == (False,)
+    assert all(step_labels(t) == t.info["labels"] for t in made)
 
 
 def test_a_completion_that_is_cut_off_ends_its_trajectory_with_length(policy) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from guerdon.credit import returns_relative, returns_to_go, to_token_rewards
 from guerdon.errors import ConfigError, DataError, RewardError
 from guerdon.evaluation import filler_check
+from guerdon.parts import build
 from guerdon.reward_models import ProcessReward
 from guerdon.rewards import Reward
 from guerdon.shaping import (
@@ -24,7 +25,10 @@ from guerdon.shaping import (
     normalise_steps,
     split_steps,
 )
-from guerdon.types import Span, StopReason, Task, Trajectory, Turn
+from guerdon.training import OnlineConfig
+from guerdon.training.rules.process import ReturnsRelative
+from guerdon.training.streams import collect
+from guerdon.types import Group, Score, Span, StopReason, Task, Trajectory, Turn
 
 NAN = math.nan
 M = torch.tensor([[0.9, 0.4, 0.6, 0.8], [0.2, 0.7, NAN, NAN], [0.3, NAN, NAN, NAN], [NAN] * 4], dtype=torch.float64)
@@ -220,6 +224,26 @@ def test_relative_returns_against_a_slow_reference():
     assert returns_relative(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0).long()).shape == (0, 2)
     with pytest.raises(ValueError, match="group ids"):
         returns_relative(torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(3))
+
+
+def test_the_rule_credits_every_token_of_a_step_with_its_return():
+    def member(task, *lengths):
+        n = sum(lengths)
+        turns = (Turn("environment", "e", (9,)), Turn("policy", "x" * n, tuple(range(n)), (-1.0,) * n))
+        starts = np.cumsum([1, *lengths])
+        spans = tuple(Span(int(a), int(a) + k) for a, k in zip(starts[:-1], lengths, strict=True))
+        return Trajectory(task, turns, StopReason.EOS, prompt_ids=(0,)), spans
+
+    task = Task("t", "q")
+    (a, a_spans), (b, b_spans) = member(task, 2, 1), member(task, 3)
+    scores = [Score(1.3, (0.3, 1.0), a_spans), Score(0.1, (0.1,), b_spans)]
+    experience = collect([Group(task, (a, b))], scores)
+    config = OnlineConfig(prompts_per_step=1, group_size=2)
+    got = ReturnsRelative(scale=False)(experience, config)
+    mean = (1.3 + 1.0 + 0.1) / 3
+    close(got, [0, 1.3 - mean, 1.3 - mean, 1.0 - mean, 0, *[0.1 - mean] * 3])
+    scaled = build("credit", "returns_relative")(experience, config)
+    close(scaled, got / (np.std([1.3, 1.0, 0.1], ddof=1) + 1e-6))
 
 
 TABLE = {"good": 0.9, "bad": 0.2, "filler": 0.95, "answer": 0.6, "lost": NAN, "odd": 1.5}

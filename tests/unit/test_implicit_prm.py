@@ -347,6 +347,10 @@ def test_bad_training_data(tokenizer):
         prm.score("prompt", "response")
     with pytest.raises(DataError, match="text, chat messages, or token ids"):
         prm.score([[3.5]], ["a"])
+    with pytest.raises(DataError, match="text, chat messages, or token ids"):
+        prm.step_rewards([7], [["a"]])
+    with pytest.raises(DataError, match="labels must be numbers"):
+        prm.fit(PROMPTS, RESPONSES, ["yes"] * 5)
     with pytest.raises(ConfigError, match="must be positive"):
         prm.fit(PROMPTS, RESPONSES, LABELS, epochs=0)
     with pytest.raises(ConfigError, match="mode"):

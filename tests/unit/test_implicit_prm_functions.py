@@ -62,6 +62,12 @@ def test_half_precision_is_widened_before_subtracting():
     assert implicit_rewards(logp.double(), ref.double(), torch.ones(1, 1), 0.05).dtype == torch.float64
 
 
+def test_ends_may_come_as_a_padded_tensor():
+    ratio, mask = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2, 3)
+    one, two = implicit_rewards(ratio, torch.zeros(2, 3), mask, 1.0, torch.tensor([[0, 2], [2, -1]]))
+    assert one.tolist() == [1.0, 5.0] and two.tolist() == [15.0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

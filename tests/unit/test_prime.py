@@ -69,6 +69,17 @@ def test_the_update_is_one_pass_of_cross_entropy():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_a_fixed_scorer_gives_rewards_and_learns_nothing(order):
+    prm = prime(order=order, measure_after=True)
+    prm.learning = False
+    before = [p.clone() for p in prm.policy.model.parameters()]
+    got = prm.step(PROMPTS, RESPONSES, OUTCOMES)
+    assert torch.allclose(got, padded(prm.token_rewards(PROMPTS, RESPONSES)), atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(before, prm.policy.model.parameters(), strict=True))
+    assert prm.updates == 0 and "loss" not in prm.metrics and "accuracy_before" in prm.metrics
+
+
 def test_a_share_of_passed_tests_is_an_outcome_too():
     prm = prime()
     prm.step(PROMPTS, RESPONSES, [0.25, 0.5, 0.0, 1.0])
@@ -323,6 +334,19 @@ def test_in_a_trainer_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     for one, two in ((whole, again), (whole.credit.reward, again.credit.reward)):
         for a, b in zip(one.policy.model.parameters(), two.policy.model.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_with_another_estimator_the_rewards_enter_as_token_rewards():
+    speaker = tiny_policy(texts=toy_texts(), hidden=16, layers=1, heads=2, seed=0)
+    prm = PrimeReward.from_policy(speaker, lr=1e-2)
+    config = OnlineConfig(steps=3, prompts_per_step=2, group_size=4, max_tokens=3, optimiser={"lr": 1e-3})
+    run = OnlineTrainer(
+        speaker, TransformersEngine(speaker, max_slots=16), Say(), toy_tasks(4),
+        lambda ts: [Score(float(t.turns[0].token_ids[0] % 2)) for t in ts], config,
+        shape=prm, credit={"name": "token_returns", "rewards": ["outcome", "tokens"]},
+    )  # fmt: skip
+    rows = run.fit().history
+    assert prm.updates == 3 and rows[0]["reward/prime/process"] == 0.0 and rows[-1]["reward/prime/process"] != 0.0
 
 
 def test_the_paper_settings():

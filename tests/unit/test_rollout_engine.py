@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from guerdon.errors import ConfigError, EngineError
-from guerdon.policies import tiny_policy
-from guerdon.rollout import Completion, Sampling, TransformersEngine
+from guerdon.policies import products, tiny_policy
+from guerdon.rollout import Completion, Sampling, TransformersEngine, batch
 from guerdon.types import StopReason
 
 TEXTS = ["the quick brown fox <search> Lima: capital of Peru? </search> über 漢字 🙂 question and answer"]
@@ -78,14 +78,27 @@ def assert_logprobs(
     assert at == len(ids)
 
 
-@pytest.mark.parametrize("attention", ["shared", "model"])
+@pytest.fixture(params=["written out", "packed", "modules", "model"])
+def attention(request, monkeypatch) -> str:
+    """Each way through the model: its trunk written out, with weights packed, its modules, its own attention."""
+    if request.param == "packed":
+        monkeypatch.setattr(batch, "_WORTH_PACKING", 0)
+        monkeypatch.setattr(batch, "_LONG", 1)
+        monkeypatch.setattr(products, "_WORTH_PACKING", 1)
+    if request.param == "modules":
+        monkeypatch.setattr(batch, "direct_trunk", lambda base, **_: None)
+    return "model" if request.param == "model" else "shared"
+
+
 @pytest.mark.parametrize(
     "filters", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 5, "temperature": 1.3}, {"temperature": 0.0}]
 )
 async def test_logprobs_are_those_of_a_plain_forward_pass(policy, attention: str, filters: dict) -> None:
     engine = TransformersEngine(policy, attention=attention)
     sampling = Sampling(max_tokens=12, **filters)
+    # Prompts short enough to be copied to their rows, and one that is shared.
     groups = [([3 + g, 40, 41, 42 + g, 7][: 3 + g], [[50, 51, 52][: 1 + g], [60]]) for g in range(3)]
+    groups.append((list(range(3, 53)), [[61]]))
     runs = [
         (p, o, talk(engine, p, Sampling(**{**filters, "max_tokens": 12, "seed": 10 * g + m}), o, group=g))
         for g, (p, o) in enumerate(groups)
@@ -112,12 +125,11 @@ async def test_greedy_equals_generate(policy) -> None:
     await engine.aclose()
 
 
-@pytest.mark.parametrize("attention", ["shared", "model"])
 async def test_rows_of_a_batch_say_what_they_say_alone(policy, attention: str) -> None:
     """Ragged prompts, turns and observations, more streams than slots, shared prompts: same tokens under same seeds."""
     cases = []
     for k in range(20):
-        prompt = [4 + k % 5 + j for j in range(1 + 7 * (k % 5))]
+        prompt = [4 + k % 5 + j for j in range(1 + 11 * (k % 5))]
         observations = [[20 + k + j for j in range((k + 3 * t) % 6)] for t in range(k % 3)]
         cases.append((prompt, observations, Sampling(max_tokens=3 + k, seed=k, top_p=0.9 if k % 2 else 1.0), k % 5))
     crowd = TransformersEngine(policy, max_slots=6, prefill_tokens=48, attention=attention)
@@ -414,9 +426,9 @@ async def test_logits_that_are_not_finite_fail_their_row_alone(policy) -> None:
     await engine.aclose()
 
 
-async def test_weights_may_change_between_completions(policy) -> None:
+async def test_weights_may_change_between_completions(policy, attention: str) -> None:
     changing = small_policy(seed=3)
-    engine = TransformersEngine(changing)
+    engine = TransformersEngine(changing, attention=attention)
     prompt = [3, 4, 5, 6]
     stream = engine.start([], prompt, group=0)
     await stream.generate(Sampling(max_tokens=4, seed=0))
@@ -431,6 +443,24 @@ async def test_weights_may_change_between_completions(policy) -> None:
     expected = full_logprobs(changing, stream.token_ids)
     at = stream.length - len(turn.token_ids)
     assert turn.logprobs[0] == pytest.approx(expected[at - 1, turn.token_ids[0]].item(), abs=1e-4)
+    await engine.aclose()
+
+
+@pytest.mark.skipif(products._onednn() is None, reason="this processor has no faster products for packed weights")
+@pytest.mark.parametrize("attention", ["packed"], indirect=True)
+async def test_packed_weights_are_let_go_when_no_stream_is_open(attention: str) -> None:
+    engine = TransformersEngine(small_policy())
+    streams = [engine.start([], [3, 4, 5], group=0) for _ in range(2)]
+    await asyncio.gather(*(s.generate(Sampling(max_tokens=2, seed=1)) for s in streams))
+    held = engine._batch._direct._packed
+    assert isinstance(held[0].gate, products.PackedWeight) and engine._batch._packed_head is not None
+    streams[0].close()
+    await streams[1].generate(Sampling(max_tokens=2, seed=1))
+    assert engine._batch._direct._packed is held
+    streams[1].close()
+    while engine._batch._direct._packed is not None:
+        await asyncio.sleep(0.01)
+    assert engine._batch._packed_head is None
     await engine.aclose()
 
 

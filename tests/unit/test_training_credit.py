@@ -255,7 +255,7 @@ def test_the_baseline_is_unbiased_where_the_policy_chooses_its_length(theta: lis
     naive = problem.expected(per_index, members)
     # Not even proportional: no step size makes up for it.
     scaled = naive * (naive @ exact) / (naive @ naive)
-    assert np.linalg.norm(scaled - exact) > 0.04 * np.linalg.norm(exact)
+    assert np.linalg.norm(scaled - exact) > 0.3 * np.linalg.norm(exact)
     # Late steps, which few reach, are the ones that it neglects.
     shares = naive / exact
     assert abs(shares[2]) < abs(shares[1]) < abs(shares[0]) < 1

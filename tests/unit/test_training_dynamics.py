@@ -15,7 +15,15 @@ from guerdon.errors import ConfigError, RewardError
 from guerdon.policies import tiny_policy
 from guerdon.rewards import Progress, Reward
 from guerdon.rollout import TransformersEngine
-from guerdon.training import Callback, FilterConfig, OnlineConfig, OnlineTrainer, SftConfig, SftTrainer, TrajectoryWriter
+from guerdon.training import (
+    Callback,
+    FilterConfig,
+    OnlineConfig,
+    OnlineTrainer,
+    SftConfig,
+    SftTrainer,
+    TrajectoryWriter,
+)
 from guerdon.training.data import further_indices
 from guerdon.training.groups import informative
 from guerdon.training.recompute import recomputing
@@ -122,14 +130,18 @@ def test_groups_are_judged_by_variance_accuracy_and_deviation() -> None:
     assert informative(groups, scores, part, variance=False) == [False, False, True, False, False, True]
     wide = FilterConfig(min_std=0.5)
     assert informative(groups, scores, wide, variance=False) == [False, True, False, False, False, False]
-    with pytest.raises(RewardError, match="filter.part='wrong': the score of task 't0' has no such part; its parts are right"):
+    with pytest.raises(
+        RewardError, match=r"filter\.part='wrong': the score of task 't0' has no such part; its parts are right"
+    ):
         informative(groups, scores, FilterConfig(accuracy=(0, 1), part="wrong"), variance=False)
 
 
 def test_further_tasks_are_others_and_depend_on_the_seed_alone() -> None:
     first = further_indices(10, 4, [1, 2, 3], seed=(0, 5, 1))
     assert len(set(first)) == 4 and not set(first) & {1, 2, 3}
-    assert first == further_indices(10, 4, [1, 2, 3], seed=(0, 5, 1)) != further_indices(10, 4, [1, 2, 3], seed=(0, 5, 2))
+    assert (
+        first == further_indices(10, 4, [1, 2, 3], seed=(0, 5, 1)) != further_indices(10, 4, [1, 2, 3], seed=(0, 5, 2))
+    )
     assert sorted(further_indices(5, 9, [0], seed=(1,))) == [1, 2, 3, 4]
 
 
@@ -162,7 +174,12 @@ def test_the_count_begins_anew_with_every_signal_survives_a_restart_and_can_be_o
     assert trainer(flat, steps=9, no_signal_steps=3, out=tmp_path).fit().step == 3
     assert trainer(flat, steps=5, no_signal_steps=None).fit().step == 5
     # Credit that compares nothing has a signal without variance.
-    assert trainer(ByTask([], 1.0), steps=4, no_signal_steps=2, credit={"name": "reinforce", "baseline": "none"}).fit().step == 4
+    assert (
+        trainer(ByTask([], 1.0), steps=4, no_signal_steps=2, credit={"name": "reinforce", "baseline": "none"})
+        .fit()
+        .step
+        == 4
+    )
 
 
 # Sampler and trainer ----------------------------------------------------------------------------------------------------
@@ -208,9 +225,12 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient() -> N
         for layer in run.policy.model.model.layers:
             layer.mlp.register_forward_pre_hook(count)  # recomputing stops early, inside the last product
         found = {}
-        run.learner.optimiser.step = lambda scale, where: found.update(  # type: ignore[method-assign]
-            {n: p.grad.clone() for n, p in run.policy.model.named_parameters()}
-        ) or {}
+        run.learner.optimiser.step = lambda scale, where: (
+            found.update(  # type: ignore[method-assign]
+                {n: p.grad.clone() for n, p in run.policy.model.named_parameters()}
+            )
+            or {}
+        )
         run.fit()
         assert not any(m.training for m in run.policy.model.modules())
         return found, calls
@@ -315,9 +335,13 @@ def test_a_run_with_every_kind_of_state_resumes_bit_for_bit(tmp_path, how: str) 
             part = make(tmp_path / "part")
             part.fit(stop)
         # Whoever starts the process again has other generators.
-        random.seed(), np.random.seed(), torch.seed()  # noqa: B018
+        random.seed()
+        np.random.seed()
+        torch.seed()
     assert part.step == 6
-    for (name, a), b in zip(whole.policy.model.state_dict().items(), part.policy.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        whole.policy.model.state_dict().items(), part.policy.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     for a, b in zip(whole.learner.optimiser.state_dict()["state"].values(),
                     part.learner.optimiser.state_dict()["state"].values(), strict=True):  # fmt: skip
@@ -333,14 +357,13 @@ def test_a_run_with_every_kind_of_state_resumes_bit_for_bit(tmp_path, how: str) 
     assert any(row["groups/excluded"] for row in rows[0])
 
 
-@pytest.mark.parametrize("credit", ["group_relative", "leave_one_out"])
-def test_a_tiny_policy_reaches_a_return_in_seconds(credit: str) -> None:
-    """From a warm start that babbles (return 1/4) to at least 0.9, in 120 steps on one core."""
+def test_a_tiny_policy_reaches_a_return_in_seconds() -> None:
+    """From a warm start that babbles (return 1/4) to at least 0.9, in 80 steps on one core."""
     policy = tiny_policy(texts=toy_texts(), hidden=64, layers=2, heads=4, seed=0)
     SftTrainer(policy, babble(policy, 128, turns=1), SftConfig(steps=30, batch_size=32, optimiser={"lr": 3e-3})).fit()
     run = trainer(
-        SaidIt(), policy=policy, tasks=32, steps=120, prompts_per_step=8, group_size=8, optimiser={"lr": 3e-3},
-        credit=credit, entropy_coef=0.01,
+        SaidIt(), policy=policy, tasks=32, steps=80, prompts_per_step=8, group_size=8, optimiser={"lr": 3e-3},
+        credit="leave_one_out", entropy_coef=0.01,
     )  # fmt: skip
     history = run.fit().history
     assert 0.1 < sum(row["reward/mean"] for row in history[:2]) / 2 < 0.5

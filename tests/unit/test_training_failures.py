@@ -66,7 +66,11 @@ CASES = [
     (np.float32("nan"), "non-finite", "non-finite"),
     (torch.tensor(math.inf), "non-finite", "non-finite"),
     (Score(1.0, steps=(math.nan,), step_spans=(Span(0, 3),)), "non-finite", "non-finite"),
-    (Score(1.0, steps=(1.0,), step_spans=(Span(0, 4),)), "span", "step 0 of task 'task-1' is [0, 4) of a response of 3 tokens"),
+    (
+        Score(1.0, steps=(1.0,), step_spans=(Span(0, 4),)),
+        "span",
+        "step 0 of task 'task-1' is [0, 4) of a response of 3 tokens",
+    ),
     (Score(1.0, steps=(1.0,), step_spans=(Span(1, 1),)), "span", "at least one each"),
     (Score(1.0, steps=(1.0, 1.0), step_spans=(Span(0, 2), Span(1, 3))), "span", "without overlap"),
     (Score(1.0, tokens=(1.0,)), "span", "1 token values for the 3 response tokens"),
@@ -231,6 +235,20 @@ def test_a_session_outlives_a_call() -> None:
     assert [s.value for s in reward(BATCH)] == [s.value for s in reward(BATCH)]
 
 
+def test_a_coroutine_may_call_another_reward_as_a_plain_function() -> None:
+    class Inner(Reward):
+        async def score_one(self, one: Trajectory) -> float:
+            await asyncio.sleep(0.01)
+            return 0.5
+
+    class Outer(Reward):
+        async def score(self, trajectories):
+            await asyncio.sleep(0.01)
+            return [2 * s.value for s in Inner(timeout=5.0)(trajectories)]
+
+    assert [s.value for s in Outer(timeout=5.0)(BATCH)] == [1.0] * 4
+
+
 def test_workers_score_blocking_calls_at_once() -> None:
     seen = set()
 
@@ -273,7 +291,9 @@ class Sometimes(Reward):
 def test_raise_stops_before_any_weight_moves() -> None:
     run = trainer(Sometimes())
     before = [p.clone() for p in run.policy.model.parameters()]
-    with pytest.raises(RewardError, match=r"step 1: 2 of 8 trajectories .* 'sometimes' returned NoneType for task 'say-"):
+    with pytest.raises(
+        RewardError, match=r"step 1: 2 of 8 trajectories .* 'sometimes' returned NoneType for task 'say-"
+    ):
         run.fit()
     assert all(torch.equal(a, b) for a, b in zip(before, run.policy.model.parameters(), strict=True))
 

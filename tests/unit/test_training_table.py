@@ -179,7 +179,11 @@ def test_every_legal_combination_learns_for_two_steps(name: str, weights) -> Non
             assert not stream[~action].any()
         for step in range(2):
             row = learner.update(experience, streams, {}, step=step, total=2, phases=Phases())
-            assert np.isfinite(row["loss"]) and row["update/tokens"] == int(action.sum()), (granularity, shape, objective)
+            assert np.isfinite(row["loss"]) and row["update/tokens"] == int(action.sum()), (
+                granularity,
+                shape,
+                objective,
+            )
         moved = policy().model.state_dict()
         assert all(torch.isfinite(v).all() for v in moved.values())
         assert any(not torch.equal(v, before[k]) for k, v in moved.items())
@@ -254,6 +258,17 @@ def test_tokens_of_the_environment_get_no_gradient(name: str, objective: str) ->
     plain = gradients(config, list(recorded()), granularity)
     tempted = gradients(config, list(recorded()), granularity, tempt=True)
     assert plain and all(torch.equal(plain[k], tempted[k]) for k in plain)
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_the_cut_into_micro_batches_changes_no_objective(objective: str) -> None:
+    """A response is never cut, so that a ratio of whole responses sees all of it."""
+    config = config_of(RULES["group_relative"], objective, "none")
+    whole = gradients(config, list(recorded()), "outcome")
+    for change in ({"max_tokens_per_microbatch": 1, "share_prompt": False}, {"share_prompt": False}):
+        pieces = gradients(config.model_copy(update=change), list(recorded()), "outcome")
+        for name, gradient in whole.items():
+            assert torch.allclose(gradient, pieces[name], atol=1e-5 * float(gradient.abs().max()) + 1e-8), name
 
 
 def test_a_dropped_trajectory_changes_nothing_for_the_others() -> None:

@@ -52,6 +52,7 @@ def rloo_with_process(
         ValueError: shapes differ, a group has one member, gamma or ``baseline`` is none of the above, or a reward is
             not finite.
     """
+    outcome, group = torch.as_tensor(outcome), torch.as_tensor(group)
     _check_rows(process, mask, outcome, group)
     if baseline not in ("paper", "official"):
         raise ValueError(f"baseline must be 'paper' or 'official', got {baseline!r}")
@@ -96,6 +97,7 @@ def accuracy_filter(outcome: Tensor, group: Tensor, low: float = 0.2, high: floa
     Raises:
         ValueError: shapes differ, ``low > high``, or an outcome is not finite.
     """
+    outcome, group = torch.as_tensor(outcome), torch.as_tensor(group)
     _check_groups(outcome, group)
     if not low <= high:
         raise ValueError(f"low must not exceed high, got {low} and {high}")
@@ -148,6 +150,7 @@ def pairwise_accuracy(scores: Tensor, outcome: Tensor, group: Tensor) -> Tensor:
     Raises:
         ValueError: shapes differ.
     """
+    scores, outcome, group = torch.as_tensor(scores), torch.as_tensor(outcome), torch.as_tensor(group)
     _check_groups(outcome, group)
     if scores.shape != outcome.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and outcome {tuple(outcome.shape)} must have one shape [B]")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 __all__ = ["MARKERS", "episode_offsets", "merge_episodes", "split_episodes"]
 
@@ -46,7 +47,7 @@ def split_episodes(
         ValueError: ``min_paragraphs`` or ``max_episodes`` below 1, or an empty marker.
     """
     starts = _starts(text, markers, min_paragraphs, max_episodes)
-    return [text[a:b].rstrip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    return [text[a:b].rstrip() for a, b in pairwise([*starts, len(text)])]
 
 
 def episode_offsets(

@@ -27,7 +27,7 @@ def implicit_rewards(
     ref_logp: Tensor,
     mask: Tensor,
     beta: float,
-    step_ends: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    step_ends: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
 ) -> Tensor | list[Tensor]:
     """``beta`` times the log-ratio of each token, or its sums over steps.
 
@@ -40,7 +40,7 @@ def implicit_rewards(
         beta: above 0.
         step_ends: for each row the position of every step's last token, rising (its separator included: it belongs
             to the step that it closes). An empty row means a response without separators, which is one step.
-            Tokens behind the last end belong to no step.
+            Tokens behind the last end belong to no step. A tensor ``[B, S]`` is padded with -1.
 
     Returns:
         Without ``step_ends``, token rewards of the input's shape, 0 outside the mask. With them, one tensor per row
@@ -134,8 +134,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _over_steps(rewards_T: Tensor, mask_T: Tensor, ends: Sequence[int], name: str) -> Tensor:
-    positions = [int(e) for e in ends]
+def _over_steps(rewards_T: Tensor, mask_T: Tensor, ends: Sequence[int] | Tensor, name: str) -> Tensor:
+    positions = [e for e in ends.tolist() if e != -1] if isinstance(ends, Tensor) else [int(e) for e in ends]
     length = len(rewards_T)
     if positions and (min(positions) < 0 or max(positions) >= length):
         raise ValueError(f"{name} must lie in [0, {length}), got {positions}")

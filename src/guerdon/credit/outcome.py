@@ -93,7 +93,9 @@ def per_channel(
     Source: GDPO, Liu et al. 2026 (arXiv 2601.05242), eq. 4 to 6; the leave-one-out form is RLOO's, per channel.
     """
     if channels_BC.ndim != 2 or channels_BC.shape[1] != len(weights):
-        raise ValueError(f"expected channels [B, {len(weights)}], one column per weight, got {tuple(channels_BC.shape)}")
+        raise ValueError(
+            f"expected channels [B, {len(weights)}], one column per weight, got {tuple(channels_BC.shape)}"
+        )
     if baseline not in ("group", "leave_one_out"):
         raise ValueError(f"baseline must be 'group' or 'leave_one_out', got {baseline!r}")
     dtype = channels_BC.dtype if channels_BC.is_floating_point() else torch.float32

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def normalized_regret(tokens: Sequence[float], success: Sequence[float], budget:
     x, y = [float(t) for t in tokens], [float(s) for s in success]
     if len(x) != len(y):
         raise ValueError(f"{len(x)} token counts for {len(y)} success values; give one for each")
-    if not all(math.isfinite(t) and t >= 0 for t in x) or any(b < a for a, b in zip(x, x[1:], strict=False)):
+    if not all(math.isfinite(t) and t >= 0 for t in x) or any(b < a for a, b in pairwise(x)):
         raise ValueError(f"tokens must be finite, not negative and not decreasing, got {x}")
     if not all(0 <= s <= 1 for s in y):
         raise ValueError(f"success must lie in [0, 1], got {y}")

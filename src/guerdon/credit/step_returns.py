@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from guerdon.credit.temporal import returns
+from guerdon.parts import part
 
 __all__ = ["returns_relative", "returns_to_go", "to_token_rewards"]
 
@@ -64,6 +65,7 @@ def to_token_rewards(step_values: Any, step_ends: Any, T: int) -> Tensor:
     return out.reshape(len(values_BK), T)
 
 
+@part("credit")
 def returns_relative(
     step_values: Tensor, mask: Tensor, group_ids: Tensor, *, scale: bool = True, eps: float = 1e-6
 ) -> Tensor:

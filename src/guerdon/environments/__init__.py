@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from guerdon.environments import arithmetic, gridworld_text, worldfacts
+    from guerdon.environments import arithmetic, continued, gridworld_text, meta_bandit, worldfacts
     from guerdon.environments.base import Dataset
     from guerdon.environments.single import SingleTurn
 
-__all__ = ["Dataset", "SingleTurn", "arithmetic", "gridworld_text", "worldfacts"]
+__all__ = ["Dataset", "SingleTurn", "arithmetic", "continued", "gridworld_text", "meta_bandit", "worldfacts"]
 
 
 def __getattr__(name: str) -> Any:

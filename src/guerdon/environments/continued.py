@@ -119,7 +119,9 @@ def turn_cuts(trajectory: Trajectory, thinking: int | None = None) -> list[Cut]:
     spoken = [k for k, turn in enumerate(trajectory.turns) if turn.speaker == "policy"]
     count = max(0, len(spoken) - 1) if thinking is None else thinking
     if not 0 <= count <= len(spoken):
-        raise DataError(f"task {trajectory.task.id!r} has {len(spoken)} policy turns, {count} of thought were asked for")
+        raise DataError(
+            f"task {trajectory.task.id!r} has {len(spoken)} policy turns, {count} of thought were asked for"
+        )
     out = [Cut()]
     for j in range(count):
         stop = spoken[j + 1] if j + 1 < len(spoken) else len(trajectory.turns)
@@ -171,7 +173,9 @@ class Continued:
         self, environment: Environment, *, force: str, force_action: str | None = None, episodes: int | None = None
     ) -> None:
         if episodes is not None and (episodes < 1 or force_action is None):
-            raise ConfigError(f"episodes needs a number of at least 1 and force_action, got {episodes}, {force_action!r}")
+            raise ConfigError(
+                f"episodes needs a number of at least 1 and force_action, got {episodes}, {force_action!r}"
+            )
         self.environment, self.force = environment, force
         self.force_action, self.episodes = force_action, episodes
 

@@ -32,6 +32,7 @@ __all__ = [
     "ReachGoal",
     "State",
     "TextGrid",
+    "demonstration",
     "expert_action",
     "grid_tasks",
     "grid_words",
@@ -180,7 +181,13 @@ def rejected_actions(layout: Layout, state: State) -> list[str]:
 
 
 def noisy_expert(
-    layout: Layout, rng: random.Random, *, invalid: float = 0.3, wander: float = 0.2, max_steps: int = 20
+    layout: Layout,
+    rng: random.Random,
+    *,
+    invalid: float = 0.3,
+    wander: float = 0.2,
+    fumble: float | None = None,
+    max_steps: int = 20,
 ) -> list[str]:
     """Actions of an unreliable player, up to the goal or the limit.
 
@@ -189,25 +196,49 @@ def noisy_expert(
         rng: of the noise.
         invalid: probability of a verb-noun pair that is rejected where it is said.
         wander: probability, otherwise, of a random action that is executed instead of the expert's.
+        fumble: in place of ``invalid`` where the expert would not walk but handle something (key, door).
         max_steps: limit.
 
     Raises:
         ConfigError: a probability outside [0, 1].
     """
-    for name, p in (("invalid", invalid), ("wander", wander)):
+    fumble = invalid if fumble is None else fumble
+    for name, p in (("invalid", invalid), ("wander", wander), ("fumble", fumble)):
         if not 0 <= p <= 1:
             raise ConfigError(f"{name} must be in [0, 1], got {p}")
     state, out = layout.initial, []
     while state.at != layout.goal and len(out) < max_steps:
-        if rng.random() < invalid:
+        best = expert_action(layout, state)
+        if rng.random() < (invalid if best.startswith("go ") else fumble):
             action = rng.choice(rejected_actions(layout, state))
         elif rng.random() < wander:
             action = rng.choice([a for a in ACTIONS if act(layout, state, a) is not None])
         else:
-            action = expert_action(layout, state)
+            action = best
         out.append(action)
         state = act(layout, state, action) or state
     return out
+
+
+def demonstration(
+    policy: Any, task: Task, actions: Sequence[str], *, max_steps: int = 20, view: View = "compass"
+) -> tuple[list[int], list[int], list[int]]:
+    """A played game as ``(prompt_ids, response_ids, mask)`` for :class:`guerdon.training.SftTrainer`.
+
+    Args:
+        policy: has ``render`` and ``encode``.
+        task: of :func:`grid_tasks`.
+        actions: what is said; only these tokens are learned.
+        max_steps, view: as in :class:`GridWorld`.
+    """
+    game = TextGrid(layout_of(task), max_steps=max_steps, view=view)
+    response: list[int] = []
+    mask: list[int] = []
+    for action in actions:
+        said, answer = policy.encode(action), policy.encode(f"\n{game.step(action)[0]}\n")
+        response += [*said, *answer]
+        mask += [1] * len(said) + [0] * len(answer)
+    return policy.render(task.prompt), response, mask
 
 
 def random_layout(
@@ -417,9 +448,7 @@ def layout_of(task: Task) -> Layout:
     try:
         return Layout(**given)  # type: ignore[arg-type]
     except TypeError:
-        raise DataError(
-            f"task {task.id!r} carries no layout in meta['layout']; make tasks with grid_tasks()"
-        ) from None
+        raise DataError(f"task {task.id!r} carries no layout in meta['layout']; make tasks with grid_tasks()") from None
 
 
 def grid_words() -> tuple[str, ...]:

@@ -1,25 +1,30 @@
 """Name the wanted letters and stop: a problem with a hidden gold reward that a learned proxy misjudges.
 
-The prompt names a few letters; a good response says each of them once and ends. Demonstrations are mediocre: those
-that name more of the letters also carry more filler, so filler goes with quality among them, though it costs gold. A
-reward model that is trained on pairs of such responses learns part of both, and more filler than it has ever seen
-looks better to it still.
+The prompt names a few letters; a good response says each of them once and ends. Demonstrations open with up to three
+filler words, and those with more of them name more of the right letters: among what a reward model sees in training,
+filler goes with quality, though each filler costs gold. More filler than it has ever seen looks better to it still.
+Episodes are single turns (:class:`~guerdon.environments.single.SingleTurn`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from guerdon.rewards import Reward
-from guerdon.rollout.protocol import Episode, Observation
-from guerdon.types import Message, Score, StopReason, Task, Trajectory, Usage, policy_text
+from guerdon.types import Score, Task, Trajectory, policy_text
 
-if TYPE_CHECKING:
-    from guerdon.policies import Policy
-
-__all__ = ["FILLERS", "LETTERS", "LetterGold", "LetterLists", "demonstration", "letter_tasks", "letter_tokenizer"]
+__all__ = [
+    "FILLERS",
+    "LETTERS",
+    "LetterGold",
+    "demonstration",
+    "letter_gold",
+    "letter_tasks",
+    "letter_tokenizer",
+    "letter_words",
+]
 
 LETTERS = tuple("abcdefghijklmnop")
 FILLERS = ("ok", "so", "well", "sure")
@@ -51,18 +56,17 @@ def letter_tokenizer() -> Any:
     return train_bpe([_OPENING], 258 + len(words), atoms=(), words=words)
 
 
-def demonstration(task: Task, rng: random.Random, *, most: int = 8) -> str:
-    """A mediocre response of 3 to ``most`` words.
+def demonstration(task: Task, rng: random.Random, *, perfect: bool = False) -> str:
+    """A response as demonstrators write it: 0 to 3 fillers, then as many letters as are wanted.
 
-    An effort, drawn anew, sets what share of the letters is named and how much filler goes with them; a wrong letter
-    or a repeated one slips in now and then.
+    With ``e`` fillers each letter is a wanted one with probability ``0.1 + 0.29 e``, else another; ``perfect`` is every
+    wanted letter in some order, without filler.
     """
     others = [c for c in LETTERS if c not in task.reference]
-    effort = rng.randrange(4)
-    letters = [c if rng.random() < 0.1 + 0.29 * effort else rng.choice(others) for c in task.reference]
+    effort = 0 if perfect else rng.randrange(4)
+    letters = [c if perfect or rng.random() < 0.1 + 0.29 * effort else rng.choice(others) for c in task.reference]
     rng.shuffle(letters)
-    words = [rng.choice(FILLERS) for _ in range(effort)] + letters
-    return "".join(f" {w}" for w in words[:most])
+    return "".join(f" {w}" for w in [*(rng.choice(FILLERS) for _ in range(effort)), *letters])
 
 
 class LetterGold(Reward):
@@ -80,7 +84,7 @@ class LetterGold(Reward):
 
 def letter_gold(text: str, wanted: Sequence[str]) -> Score:
     """See :class:`LetterGold`."""
-    words = text.replace("<eos>", " ").split()
+    words = letter_words(text)
     named = len(set(words) & set(wanted))
     other = sum(w not in wanted for w in words)
     value = named - 0.5 * other - 0.3 * max(0, len(words) - len(wanted))
@@ -90,37 +94,6 @@ def letter_gold(text: str, wanted: Sequence[str]) -> Score:
     )
 
 
-class _Episode:
-    def __init__(self, task: Task) -> None:
-        self._task = task
-
-    @property
-    def prompt(self) -> Sequence[Message]:
-        return self._task.prompt
-
-    async def step(self, action: str) -> Observation:
-        return Observation(done=True, stop=StopReason.DONE)
-
-    def result(self) -> tuple[Usage, Mapping[str, Any]]:
-        return Usage(), {}
-
-
-class LetterLists:
-    """One policy turn, then the episode is over."""
-
-    def start(self, task: Task, *, seed: int, group: int, member: int) -> Episode:
-        """Begin ``task``."""
-        return _Episode(task)
-
-
-def letter_demonstrations(
-    policy: Policy, n: int, *, seed: int = 0
-) -> list[tuple[list[int], list[int], list[int]]]:
-    """``(prompt_ids, response_ids, mask)`` of ``n`` demonstrations, as supervised fine-tuning takes them."""
-    rng = random.Random(f"demonstrations-{seed}")
-    end = [policy.tokenizer.eos_token_id]
-    out = []
-    for task in letter_tasks(n, seed=seed, start=100_000):
-        response = policy.encode(demonstration(task, rng)) + end
-        out.append((policy.render(task.prompt), response, [1] * len(response)))
-    return out
+def letter_words(text: str) -> list[str]:
+    """The words of a response."""
+    return text.replace("<eos>", " ").split()

@@ -18,7 +18,17 @@ from guerdon.rewards import Reward
 from guerdon.rollout.protocol import Observation
 from guerdon.types import Message, Score, StopReason, Task, Trajectory, Usage
 
-__all__ = ["ASK", "FORCE", "GUESS", "MetaBandit", "RightCode", "bandit_tasks", "bandit_words", "posterior_success"]
+__all__ = [
+    "ASK",
+    "FORCE",
+    "GUESS",
+    "MetaBandit",
+    "RightCode",
+    "bandit_script",
+    "bandit_tasks",
+    "bandit_words",
+    "posterior_success",
+]
 
 ASK = (" a", " b", " c", " d", " e", " f", " g", " h")
 """Names of the bits, as a query says them."""
@@ -148,6 +158,39 @@ def posterior_success(asked: Sequence[Sequence[int]], flip: float) -> float:
         margin = abs(sum(replies) * 2 - len(replies))
         out /= 1.0 + (flip / (1.0 - flip)) ** margin if margin else 2.0
     return out
+
+
+def bandit_script(policy: Any, task: Task, asked: Sequence[int], *, guess: bool = True) -> tuple[list[int], ...]:
+    """A played episode as ``(prompt_ids, response_ids, mask)`` for :class:`guerdon.training.SftTrainer`.
+
+    Args:
+        policy: has ``render`` and ``encode``.
+        task: of :func:`bandit_tasks`.
+        asked: numbers of the bits that are asked for, in order.
+        guess: the thought ends with a guess; otherwise the budget was spent with the last query.
+
+    The answer gives each bit the majority of its replies; where they are even, the code's own bit, so that over many
+    tasks a policy learns to be unsure.
+    """
+    counts = [0] * len(task.meta["code"])
+    ones = [0] * len(counts)
+    pieces: list[tuple[str, int]] = []
+    for bit in asked:
+        reply = int(task.meta["replies"][bit][counts[bit] % len(task.meta["replies"][bit])])
+        counts[bit] += 1
+        ones[bit] += reply
+        pieces += [(ASK[bit], 1), (f" {reply}", 0)]
+    pieces += [(GUESS, 1), (FORCE, 0)] if guess or not asked else [(FORCE, 0)]
+    for bit, truth in enumerate(task.meta["code"]):
+        even = 2 * ones[bit] == counts[bit]
+        pieces.append((f" {truth if even else int(2 * ones[bit] > counts[bit])}", 1))
+    response: list[int] = []
+    mask: list[int] = []
+    for text, learned in pieces:
+        ids = policy.encode(text)
+        response += ids
+        mask += [learned] * len(ids)
+    return policy.render(task.prompt), response, mask
 
 
 def bandit_words() -> tuple[str, ...]:

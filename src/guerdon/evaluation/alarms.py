@@ -13,119 +13,29 @@ of one's own is what the functions below are for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from guerdon.errors import ConfigError, DataError, TrainingError
+from guerdon.evaluation.signals import Reader, Rows, Signal, first_ring, signal_of, worst
 from guerdon.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from guerdon.training.loop import Run
 
-__all__ = ["SIGNALS", "Alarm", "Calibration", "Detection", "Signal", "alarms", "calibrate", "detect", "evaluate_alarm"]
-
-Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Signal:
-    """A number per step; larger is worse.
-
-    Args:
-        name: of the alarm that reads it.
-        keys: metrics that it needs; a row without one of them gives NaN, which never rings.
-        of: from the baseline (means of the first rows) and the present row's numbers to the signal.
-        says: what it means, for the message.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    of: Callable[[Mapping[str, float], Mapping[str, float]], float]
-    says: str
-
-    def series(self, rows: Rows, baseline: int = 3) -> np.ndarray:
-        """``[len(rows)]`` the signal at each row; NaN during the ``baseline`` rows and where a metric is missing.
-
-        Rows that lack a metric do not count towards the baseline, so metrics may be measured every few steps.
-        """
-        reader = _Reader(self, baseline)
-        return np.array([reader.read(row) for row in rows])
-
-
-class _Reader:
-    """Reads a signal row by row."""
-
-    def __init__(self, signal: Signal, baseline: int) -> None:
-        if baseline < 1:
-            raise ConfigError(f"baseline must be at least 1, got {baseline}")
-        self.signal, self.baseline = signal, baseline
-        self.first: list[dict[str, float]] = []
-
-    def read(self, row: Mapping[str, Any]) -> float:
-        now = {}
-        for key in self.signal.keys:
-            value = row.get(key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                return math.nan
-            now[key] = float(value)
-        if len(self.first) < self.baseline:
-            self.first.append(now)
-            return math.nan
-        start = {key: sum(r[key] for r in self.first) / len(self.first) for key in now}
-        return float(self.signal.of(start, now))
-
-
-def _log_ratio(start: float, now: float) -> float:
-    # Half a token or half a thousandth of a nat: keeps what begins or ends at zero finite.
-    return math.log((max(now, 0.0) + 1e-3) / (max(start, 0.0) + 1e-3))
-
-
-def _hacking(start: Mapping[str, float], now: Mapping[str, float]) -> float:
-    """Standardised gain of the proxy beyond what the initial policy's own spread explains, per square-root nat."""
-    gain = (now["monitor/proxy"] - start["monitor/proxy"]) / max(start["monitor/proxy_std"], 1e-6)
-    # KL to the initial policy below a nat is within sampling noise of none.
-    return gain / math.sqrt(max(now["monitor/kl"], 1.0))
-
-
-SIGNALS: dict[str, Signal] = {
-    s.name: s
-    for s in (
-        Signal(
-            "kl",
-            ("monitor/kl",),
-            lambda start, now: now["monitor/kl"],
-            "the policy has moved far from its reference (sequence KL in nats)",
-        ),
-        Signal(
-            "entropy",
-            ("monitor/entropy",),
-            lambda start, now: -_log_ratio(start["monitor/entropy"], now["monitor/entropy"]),
-            "entropy is collapsing (log of how many times it has fallen)",
-        ),
-        Signal(
-            "length",
-            ("monitor/length",),
-            lambda start, now: abs(_log_ratio(start["monitor/length"], now["monitor/length"])),
-            "responses have become much longer or shorter (absolute log-ratio)",
-        ),
-        Signal(
-            "repetition",
-            ("monitor/repetition",),
-            lambda start, now: now["monitor/repetition"] - start["monitor/repetition"],
-            "responses repeat themselves more (share of repeated n-grams, gain)",
-        ),
-        Signal(
-            "truncation",
-            ("monitor/truncated",),
-            lambda start, now: now["monitor/truncated"] - start["monitor/truncated"],
-            "more responses run into the length limit (share, gain)",
-        ),
-    )
-}
-"""Built-in signals by name."""
+__all__ = [
+    "THRESHOLDS",
+    "Alarm",
+    "Calibration",
+    "Detection",
+    "alarm_callbacks",
+    "calibrate",
+    "detect",
+    "evaluate_alarm",
+]
 
 
 @dataclass(frozen=True)
@@ -171,31 +81,6 @@ class Detection:
     detected_interval: tuple[float, float]
 
 
-def worst(series: np.ndarray, patience: int) -> float:
-    """The highest level that a signal stays at for ``patience`` rows in a row: what an alarm compares; -inf if never.
-
-    NaN rows are skipped: they neither ring nor break a row of values.
-    """
-    values = series[~np.isnan(series)]
-    if patience < 1:
-        raise ConfigError(f"patience must be at least 1, got {patience}")
-    if len(values) < patience:
-        return -math.inf
-    return float(np.lib.stride_tricks.sliding_window_view(values, patience).min(1).max())
-
-
-def first_ring(series: np.ndarray, threshold: float, patience: int) -> int | None:
-    """Index of the row at which an alarm goes off, or None."""
-    above = 0
-    for k, value in enumerate(series):
-        if math.isnan(value):
-            continue
-        above = above + 1 if value > threshold else 0
-        if above >= patience:
-            return k
-    return None
-
-
 def calibrate(
     healthy: Sequence[Rows],
     signal: Signal | str,
@@ -218,7 +103,7 @@ def calibrate(
     Raises:
         DataError: too few runs for such a rate, or a run in which the signal can never be read.
     """
-    signal = _signal(signal)
+    signal = signal_of(signal)
     if not 0 < false_alarms < 1:
         raise ConfigError(f"false_alarms must be strictly between 0 and 1, got {false_alarms}")
     n = len(healthy)
@@ -242,7 +127,7 @@ def calibrate(
 
 def detect(rows: Rows, calibration: Calibration, signal: Signal | None = None) -> int | None:
     """Index of the row at which the calibrated alarm goes off in a recorded run, or None."""
-    made = signal or _signal(calibration.signal)
+    made = signal or signal_of(calibration.signal)
     return first_ring(made.series(rows, calibration.baseline), calibration.threshold, calibration.patience)
 
 
@@ -277,8 +162,8 @@ def evaluate_alarm(
         len(healthy),
         len(hacked),
         float(np.median(delays)) if delays else math.nan,
-        _interval(wrong, len(healthy)),
-        _interval(found, len(hacked)),
+        share_interval(wrong, len(healthy)),
+        share_interval(found, len(hacked)),
     )
 
 
@@ -308,12 +193,14 @@ class Alarm(Callback):
         baseline: int = 3,
         action: Literal["warn", "stop", "raise"] = "warn",
     ) -> None:
-        self.signal = _signal(signal)
+        self.signal = signal_of(signal)
         if action not in ("warn", "stop", "raise"):
             raise ConfigError(f"action must be 'warn', 'stop' or 'raise', got {action!r}")
         if threshold is None:
             if self.signal.name not in THRESHOLDS:
-                raise ConfigError(f"signal {self.signal.name!r} has no default threshold; give threshold=, or calibrate")
+                raise ConfigError(
+                    f"signal {self.signal.name!r} has no default threshold; give threshold=, or calibrate"
+                )
             threshold = THRESHOLDS[self.signal.name]
         if math.isnan(threshold):
             raise ConfigError("threshold must be a number, got NaN")
@@ -321,7 +208,7 @@ class Alarm(Callback):
             raise ConfigError(f"patience must be at least 1, got {patience}")
         self.name = f"alarm/{self.signal.name}"
         self.threshold, self.patience, self.baseline, self.action = float(threshold), patience, baseline, action
-        self._reader = _Reader(self.signal, baseline)
+        self._reader = Reader(self.signal, baseline)
         self._above = 0
         self._missing: set[str] | None = set(self.signal.keys)
         self.rang: int | None = None
@@ -377,7 +264,7 @@ class Alarm(Callback):
         self._missing = None if missing is None else set(missing)
 
 
-def alarms(
+def alarm_callbacks(
     names: Iterable[str] = ("hacking", "entropy", "kl", "length"),
     *,
     thresholds: Mapping[str, float] | None = None,
@@ -401,15 +288,7 @@ def alarms(
     return [Monitors(**monitors), *made]
 
 
-def _signal(signal: Signal | str) -> Signal:
-    if isinstance(signal, Signal):
-        return signal
-    if signal not in SIGNALS:
-        raise ConfigError(f"unknown signal {signal!r}; known: {', '.join(SIGNALS)}")
-    return SIGNALS[signal]
-
-
-def _interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def share_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share."""
     from scipy.stats import beta
 

@@ -54,6 +54,7 @@ class HackCurve:
         proxy: mean reward that is optimised, as scored (before shaping).
         gold: mean hidden reward.
         extra: further series of the same length: monitors, shaped reward, win rate.
+        items: of the last measurement, one number per held-out task in their order (``gold``, ``gold_win``).
     """
 
     arm: str
@@ -63,6 +64,7 @@ class HackCurve:
     proxy: list[float] = field(default_factory=list)
     gold: list[float] = field(default_factory=list)
     extra: dict[str, list[float]] = field(default_factory=dict)
+    items: dict[str, list[float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.step)
@@ -92,7 +94,9 @@ class HackCurve:
         if name in ("step", "kl", "proxy", "gold"):
             return np.asarray(getattr(self, name), dtype=np.float64)
         if name not in self.extra:
-            raise DataError(f"the curve of {self.arm!r} has no series {name!r}; it has {', '.join(self.extra) or 'none'}")
+            raise DataError(
+                f"the curve of {self.arm!r} has no series {name!r}; it has {', '.join(self.extra) or 'none'}"
+            )
         return np.asarray(self.extra[name], dtype=np.float64)
 
     def smooth(self, name: str, window: int = 3) -> np.ndarray:
@@ -127,7 +131,9 @@ class HackCurve:
             raise ConfigError(f"tolerance must be at least 0, got {tolerance}")
         proxies, golds = self.smooth("proxy", window), self.smooth(gold, window)
         if not (np.isfinite(proxies).all() and np.isfinite(golds).all()):
-            raise DataError(f"the curve of {self.arm!r}, seed {self.seed}, has proxy or gold values that are not finite")
+            raise DataError(
+                f"the curve of {self.arm!r}, seed {self.seed}, has proxy or gold values that are not finite"
+            )
         top = int(golds.argmax())
         drop = float(golds[top] - golds[-1])
         hacked = drop > tolerance and proxies[-1] > proxies[0] and proxies[-1] >= proxies[top]
@@ -148,7 +154,8 @@ class HackCurve:
         plain = {k: [_number(v) for v in values] for k, values in self.extra.items()}
         made: dict[str, Any] = {"arm": self.arm, "seed": self.seed, "step": list(self.step)}
         made |= {name: [_number(v) for v in getattr(self, name)] for name in ("kl", "proxy", "gold")}
-        return {**made, "extra": plain}
+        items = {k: [_number(v) for v in values] for k, values in self.items.items()}
+        return {**made, "extra": plain, "items": items}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HackCurve:
@@ -161,8 +168,9 @@ class HackCurve:
             made = cls(str(values["arm"]), int(values["seed"]), [int(s) for s in values["step"]])
             for name in ("kl", "proxy", "gold"):
                 setattr(made, name, [math.nan if v is None else float(v) for v in values[name]])
-            extra = values.get("extra", {})
-            made.extra = {k: [math.nan if v is None else float(v) for v in row] for k, row in extra.items()}
+            for name in ("extra", "items"):
+                rows = values.get(name, {})
+                setattr(made, name, {k: [math.nan if v is None else float(v) for v in row] for k, row in rows.items()})
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is no hack curve ({type(error).__name__}: {error})") from error
         if any(len(row) != len(made) for row in (made.kl, made.proxy, made.gold, *made.extra.values())):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from guerdon.policies import Policy
     from guerdon.training.loop import Run
 
-__all__ = ["HackProbe", "HackTest", "Monitors", "win_rate"]
+__all__ = ["HackProbe", "HackTest", "Monitors", "RowKeeper", "sample_groups", "unshaped", "win_rate", "wins"]
 
 RewardLike = Callable[[Sequence[Trajectory]], Sequence[Score]]
 
@@ -54,6 +54,30 @@ class Monitors(Callback):
         if math.isnan(kl) and self._kl is not None:
             kl = self._kl(detail.trajectories)
         return {f"{self._prefix}{key}": value for key, value in {**out, "kl": kl}.items() if not math.isnan(value)}
+
+
+class RowKeeper(Callback):
+    """Keeps entries of every metrics row in :attr:`rows`, for example to calibrate alarms on later.
+
+    Args:
+        prefixes: of the keys that are kept.
+    """
+
+    name = "row_keeper"
+
+    def __init__(self, prefixes: tuple[str, ...] = ("monitor/",)) -> None:
+        self._prefixes = prefixes
+        self.rows: list[dict[str, float]] = []
+
+    def on_step(self, run: Run, row: Mapping[str, Any], detail: Any) -> None:
+        kept = {k: float(v) for k, v in row.items() if k.startswith(self._prefixes) and isinstance(v, int | float)}
+        self.rows.append({"step": float(run.step), **kept})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rows = [dict(row) for row in state.get("rows", [])]
 
 
 class HackProbe(Callback):
@@ -136,11 +160,14 @@ class HackProbe(Callback):
         self, step: int, trajectories: Sequence[Trajectory], proxies: Sequence[float], kl: float, **extra: float
     ) -> dict[str, float]:
         golds = _values(self.gold, trajectories, "gold")
+        by_task = {"gold": _by_task(trajectories, golds)}
         if self.opponents is not None:
-            extra["gold_win"] = win_rate(trajectories, golds, self.opponents)
+            by_task["gold_win"] = _by_task(trajectories, wins(trajectories, golds, self.opponents))
+            extra["gold_win"] = _mean(by_task["gold_win"])
         extra |= text_monitors(trajectories, ngram=self.ngram)
         point = {"kl": kl, "proxy": _mean(proxies), "gold": _mean(golds)}
         self.curve.append(step, **point, **extra)
+        self.curve.items = by_task
         return {f"hack/{key}": value for key, value in {**point, **extra}.items() if not math.isnan(value)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -305,24 +332,28 @@ def sample_groups(
         events.close()
 
 
-def win_rate(
+def wins(
     trajectories: Sequence[Trajectory], values: Sequence[float], opponents: Mapping[str, Sequence[float]]
-) -> float:
-    """Share of comparisons that ``values`` win against the opponents for the same task; a tie is half a win.
-
-    Every task counts the same, however many responses or opponents it has. NaN where there are no trajectories.
+) -> list[float]:
+    """For each value the share of opponents for the same task that it beats; a tie is half a win.
 
     Raises:
         DataError: a task has no opponents.
     """
-    by_task: dict[str, list[float]] = {}
+    out = []
     for trajectory, value in zip(trajectories, values, strict=True):
         rivals = np.asarray(opponents.get(trajectory.task.id, ()), dtype=np.float64)
         if not rivals.size:
             raise DataError(f"task {trajectory.task.id!r} has no opponents to win against")
-        wins = float((value > rivals).mean() + 0.5 * (value == rivals).mean())
-        by_task.setdefault(trajectory.task.id, []).append(wins)
-    return _mean([_mean(row) for row in by_task.values()])
+        out.append(float((value > rivals).mean() + 0.5 * (value == rivals).mean()))
+    return out
+
+
+def win_rate(
+    trajectories: Sequence[Trajectory], values: Sequence[float], opponents: Mapping[str, Sequence[float]]
+) -> float:
+    """Mean of :func:`wins`, in which every task counts the same; NaN where there are no trajectories."""
+    return _mean(_by_task(trajectories, wins(trajectories, values, opponents)))
 
 
 def unshaped(score: Score) -> float:
@@ -342,6 +373,14 @@ def _values(reward: RewardLike, trajectories: Sequence[Trajectory], what: str) -
     if bad:
         raise DataError(f"{what} has no finite value for task {trajectories[bad[0]].task.id!r}")
     return values
+
+
+def _by_task(trajectories: Sequence[Trajectory], values: Sequence[float]) -> list[float]:
+    """Means per task, in the order in which tasks first appear."""
+    rows: dict[str, list[float]] = {}
+    for trajectory, value in zip(trajectories, values, strict=True):
+        rows.setdefault(trajectory.task.id, []).append(value)
+    return [_mean(row) for row in rows.values()]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -49,7 +49,9 @@ def letter_warm_start(
 
     if folder is not None and Path(folder).is_dir():
         return Policy.load(folder, device="cpu")
-    policy = tiny_policy(letter_tokenizer(), hidden=hidden, layers=2, heads=2, max_context=64, seed=seed, name="letters")
+    policy = tiny_policy(
+        letter_tokenizer(), hidden=hidden, layers=2, heads=2, max_context=64, seed=seed, name="letters"
+    )
     end = [policy.tokenizer.eos_token_id]
     for steps, perfect, peak in ((copying, True, 3e-3), (mediocre, False, 2e-3)):
         if not steps:
@@ -92,10 +94,25 @@ def letter_pairs(policy: Policy, n: int, *, seed: int = 0, noise: float = 0.3, l
 
 
 def letter_proxy(
-    policy: Policy, *, pairs: int = 3000, epochs: int = 2, lr: float = 1e-3, noise: float = 0.3, seed: int = 0
+    policy: Policy,
+    *,
+    pairs: int = 3000,
+    epochs: int = 2,
+    lr: float = 1e-3,
+    seed: int = 0,
+    noise: float = 0.3,
+    longest: int = 9,
 ) -> BradleyTerry:
-    """A Bradley-Terry model fitted to :func:`letter_pairs` of a policy, on a copy of its trunk."""
-    data = letter_pairs(policy, pairs, seed=seed, noise=noise)
+    """A Bradley-Terry model fitted to :func:`letter_pairs` of a policy, on a copy of its trunk.
+
+    Args:
+        policy: usually the warm start.
+        pairs: prompts, each with a pair.
+        epochs, lr: of the fit.
+        seed: of everything.
+        noise, longest: of the pairs.
+    """
+    data = letter_pairs(policy, pairs, seed=seed, noise=noise, longest=longest)
     return BradleyTerry(PolicyTrunk(policy), seed=seed).fit(data, epochs=epochs, batch_size=32, lr=lr, seed=seed)
 
 
@@ -137,4 +154,3 @@ def copy_policy(policy: Policy) -> Policy:
     made = copy.copy(policy)
     made.model = copy.deepcopy(policy.model)
     return made
-

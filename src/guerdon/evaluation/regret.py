@@ -9,7 +9,7 @@ Source: Qu et al. 2025, "Optimizing Test-Time Compute via Meta Reinforcement Fin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def episode_report(j_values: Sequence[Sequence[float]], tokens: Sequence[float] 
     )
 
 
-def _mean(problems: Sequence[Sequence[Trace]], value: object) -> float:
+def _mean(problems: Sequence[Sequence[Trace]], value: Callable[[Trace], float]) -> float:
     if not problems or not all(problems):
         raise DataError("a mean needs at least one problem, and at least one trace of each")
-    return float(np.mean([np.mean([value(trace) for trace in traces]) for traces in problems]))  # type: ignore[operator]
+    return float(np.mean([np.mean([value(trace) for trace in traces]) for traces in problems]))

@@ -100,7 +100,7 @@ def run(scale: str, out: Path, arm: str, seed: int) -> dict[str, Any]:
         "prompts_per_step": size["prompts"],
         "group_size": 8,
         "max_tokens": BUDGET,
-        "optimiser": {"lr": 5e-4},
+        "optimiser": {"lr": 3e-4},
         "seed": seed,
     }
     greedy = partial(measure, policy, test, rate, samples=1, max_tokens=BUDGET, seed=seed, temperature=0.0)

@@ -25,7 +25,7 @@ from guerdon.training.arithmetic import solve, warm_start
 from guerdon.types import Score, Trajectory, policy_text
 
 MAX_TOKENS = 56
-SPEC = Spec((3, 5))
+SPEC = Spec((3, 5), high=10, operand=5)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "prompts": 2, "tasks": 20, "test": 10, "graded": 10},
     "cpu": {"examples": 12_000, "sft": 400, "steps": 60, "prompts": 12, "tasks": 600, "test": 200, "graded": 60},
@@ -144,7 +144,8 @@ def run(scale: str, out: Path, model: NgramModel, arm: str, seed: int) -> dict[s
             "prompts_per_step": size["prompts"],
             "group_size": 8,
             "max_tokens": MAX_TOKENS,
-            "optimiser": {"lr": 5e-4},
+            "optimiser": {"lr": 3e-4},
+            "kl_coef": 0.02,
             "seed": seed,
             "eval_every": every,
         }

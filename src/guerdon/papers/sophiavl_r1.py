@@ -30,7 +30,7 @@ from guerdon.training.arithmetic import warm_start
 from guerdon.types import Score, Task, Trajectory, policy_text
 
 MAX_TOKENS = 40
-SPEC = Spec((2, 2), choices=4)
+SPEC = Spec((2, 2), high=12, operand=6, choices=4)
 OPEN = replace(SPEC, choices=0)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "prompts": 2, "tasks": 20, "test": 10},
@@ -115,12 +115,14 @@ def shape_of(arm: str, steps: int) -> Watched | None:
 def base_policy(scale: str, out: Path) -> Any:
     """The policy that every arm starts from; it has seen open and multiple-choice questions."""
     size = SIZES[scale]
-    mix = {Style(markers=0.1): 0.5, Style(wrong_lines=1, lucky=0.25, markers=0.5): 0.25, Style(skip=0.5, markers=0.5): 0.25}
+    mix = {
+        Style(markers=0.1): 0.5,
+        Style(wrong_lines=1, lucky=0.25, markers=0.5): 0.25,
+        Style(skip=0.5, markers=0.5): 0.25,
+    }
     n = 40 if scale == "smoke" else 1200
     tasks = [*questions(n, "train", 1), *make_tasks(n, spec=OPEN, seed=2)]
-    return warm_start(
-        mix, spec=SPEC, tasks=tasks, folder=out / "warm", examples=size["examples"], steps=size["sft"]
-    )
+    return warm_start(mix, spec=SPEC, tasks=tasks, folder=out / "warm", examples=size["examples"], steps=size["sft"])
 
 
 def rate(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
@@ -144,13 +146,16 @@ def run(scale: str, out: Path, arm: str, seed: int) -> dict[str, Any]:
             "prompts_per_step": size["prompts"],
             "group_size": 8,
             "max_tokens": MAX_TOKENS,
-            "optimiser": {"lr": 5e-4},
+            "optimiser": {"lr": 3e-4},
+            "kl_coef": 0.01,
             "seed": seed,
         }
         train(policy, questions(size["tasks"], "train", seed), ChainCorrect(), settings=settings, shape=shape)
     row: dict[str, Any] = {"gamma": {}}
     if shape is not None:
-        row["gamma"] = {name: float(np.mean(shape.gamma[k] or [1.0])) for name, k in (("honest", False), ("corrupted", True))}
+        row["gamma"] = {
+            name: float(np.mean(shape.gamma[k] or [1.0])) for name, k in (("honest", False), ("corrupted", True))
+        }
     held = partial(measure, policy, samples=4, max_tokens=MAX_TOKENS, seed=seed)
     row["choice"] = held(questions(size["test"], "test", 0), rate)
     row["open"] = held(make_tasks(size["test"], "test", spec=OPEN, seed=0), rate)
@@ -172,9 +177,13 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
         for arm in ("base", *ARMS)
     }
     for arm in ARMS[1:]:
-        measured[arm]["gamma"] = {k: float(column(results, arm, seeds, "gamma", k).mean()) for k in ("honest", "corrupted")}
+        measured[arm]["gamma"] = {
+            k: float(column(results, arm, seeds, "gamma", k).mean()) for k in ("honest", "corrupted")
+        }
     seconds = sum(row["seconds"] for row in results.values())
-    return Result("sophiavl-r1", scale, tuple(seeds), tuple(claims), PAPER, measured, environment(), seconds, notes=NOTES)
+    return Result(
+        "sophiavl-r1", scale, tuple(seeds), tuple(claims), PAPER, measured, environment(), seconds, notes=NOTES
+    )
 
 
 def judge(results: Mapping[tuple[str, int], Any], seeds: Sequence[int], *, asserted: bool) -> list[Claim]:

@@ -21,11 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Attend", "DirectTrunk", "direct_trunk", "grouped_sdpa"]
+from guerdon.policies.products import PackedWeight, linear, matmul, pack
+
+__all__ = ["Attend", "DirectTrunk", "direct_trunk", "grouped_sdpa", "is_plain"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Attention of one layer: number of the layer, queries ``[M, H, D]``, keys and values ``[M, KV, D]``, rotated;
 returns ``[M, H * D]``."""
+
+Weight = Tensor | PackedWeight
 
 _TYPES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
@@ -35,14 +39,33 @@ class _Layer:
     """One layer's parameters: gains of the norms, weights and biases of the products."""
 
     attention_gain: Tensor
-    qkv: tuple[Tensor, Tensor, Tensor]
+    qkv: tuple[Weight, Weight, Weight]
     qkv_bias: tuple[Tensor | None, Tensor | None, Tensor | None]
-    out: Tensor
+    out: Weight
     out_bias: Tensor | None
     mlp_gain: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: Weight
+    up: Weight
+    down: Weight
+
+    def packed(self) -> _Layer:
+        """The same with a copy of each weight in the layout that is fast for few rows."""
+
+        def copy(weight: Weight, bias: Tensor | None = None) -> Weight:
+            assert isinstance(weight, Tensor)
+            return pack(weight, bias) or weight
+
+        return _Layer(
+            self.attention_gain,
+            tuple(copy(w, b) for w, b in zip(self.qkv, self.qkv_bias, strict=True)),  # type: ignore[arg-type]
+            self.qkv_bias,
+            copy(self.out, self.out_bias),
+            self.out_bias,
+            self.mlp_gain,
+            copy(self.gate),
+            copy(self.up),
+            copy(self.down),
+        )
 
 
 class DirectTrunk:
@@ -67,6 +90,7 @@ class DirectTrunk:
         self._head_dim = int(first.head_dim)
         self._layers = [_layer(layer) for layer in trunk.layers]
         self._table: tuple[Tensor, Tensor] | None = None
+        self._packed: list[_Layer] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,10 +109,22 @@ class DirectTrunk:
         every = torch.arange(max(positions, min(limit, 2 * positions)), device=self._embedding.device)
         self._table = self._rotations_of(every)
 
-    def take_table(self, other: DirectTrunk) -> None:
-        """Use the rotations that another trunk of the same model has computed."""
+    def pack(self) -> None:
+        """Copy the weights into the layout that is fast for few rows; passes without gradients use the copies.
+
+        They do not follow the weights: call :meth:`unpack` when these have changed.
+        """
+        if self._packed is None:
+            self._packed = [layer.packed() for layer in self._layers]
+
+    def unpack(self) -> None:
+        """Let the copies go."""
+        self._packed = None
+
+    def take_over(self, other: DirectTrunk) -> None:
+        """Go on with the rotations and copies that another trunk of the same, unchanged model has made."""
         if other._rotary is self._rotary and other.dtype == self.dtype:
-            self._table = other._table
+            self._table, self._packed = other._table, other._packed
 
     def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._table is None or not len(positions) or torch.is_grad_enabled():
@@ -107,14 +143,13 @@ class DirectTrunk:
         x = F.embedding(ids, self._embedding, self._padding)
         cos, sin = self._rotations(positions)
         learning = torch.is_grad_enabled()
-        for k, layer in enumerate(self._layers):
-            arguments = (x, layer.attention_gain, *layer.qkv, *layer.qkv_bias, cos, sin, self._eps, self._head_dim)
-            q, key, value = _Qkv.apply(*arguments) if learning else _qkv(*arguments)[:3]
-            x = torch.addmm(x, attend(k, q, key, value), layer.out.t())
-            if layer.out_bias is not None:
-                x = x + layer.out_bias
-            rest = (x, layer.mlp_gain, layer.gate, layer.up, layer.down, self._eps)
-            x = _Mlp.apply(*rest) if learning else _mlp(*rest)[0]
+        for k, layer in enumerate(self._layers if learning or self._packed is None else self._packed):
+            first = (x, layer.attention_gain, *layer.qkv, *layer.qkv_bias, cos, sin, self._eps, self._head_dim)
+            attended = attend(k, *(_Qkv.apply(*first) if learning else _qkv(*first)[:3]))
+            second = (x, attended, layer.out, layer.out_bias)
+            x = _Out.apply(*second) if learning else _plus(*second)
+            third = (x, layer.mlp_gain, layer.gate, layer.up, layer.down, self._eps)
+            x = _Mlp.apply(*third) if learning else _mlp(*third)[0]
         return _Norm.apply(x, self._gain, self._eps) if learning else _norm(x, self._gain, self._eps)[0]
 
 
@@ -155,14 +190,14 @@ def _fits(base: Any, context: int) -> bool:
     mlps = [layer.mlp for layer in base.model.layers]
     if any(p.bias is not None for mlp in mlps for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
         return False
-    return all(_plain(module) for module in base.model.modules())
+    return all(is_plain(module) for module in base.model.modules())
 
 
 _ELEMENTARY = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
 
 
-def _plain(module: nn.Module) -> bool:
-    """Whether a module is one of the expected ones and nothing is hooked to it."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module of a known type computes what its type does: nothing is hooked to it, put in its place, or on."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     if getattr(module, "gradient_checkpointing", False) and module.training:
@@ -171,7 +206,7 @@ def _plain(module: nn.Module) -> bool:
         return False
     kind = type(module)
     if kind.__module__.startswith("torch."):
-        return kind in _ELEMENTARY
+        return kind in _ELEMENTARY and "forward" not in vars(module)
     return kind.__module__.startswith("transformers.") and "forward" not in vars(module)
 
 
@@ -200,6 +235,11 @@ def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x * scale).mul_(gain), scale
 
 
+def _plus(x: Tensor, states: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """``x + states @ weight.T + bias``."""
+    return linear(states, weight, bias).add_(x)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``[M, H, D]``; with ``-sin`` back."""
     half = x.shape[-1] // 2
@@ -209,9 +249,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _qkv(
     x: Tensor,
     gain: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
+    wq: Weight,
+    wk: Weight,
+    wv: Weight,
     bq: Tensor | None,
     bk: Tensor | None,
     bv: Tensor | None,
@@ -223,18 +263,18 @@ def _qkv(
     """Rotated queries and keys, values, and the norm's factor."""
     normed, scale = _norm(x, gain, eps)
     m = len(x)
-    q = _rotate(F.linear(normed, wq, bq).view(m, -1, dim), cos, sin)
-    k = _rotate(F.linear(normed, wk, bk).view(m, -1, dim), cos, sin)
-    return q, k, F.linear(normed, wv, bv).view(m, -1, dim), scale
+    q = _rotate(linear(normed, wq, bq).view(m, -1, dim), cos, sin)
+    k = _rotate(linear(normed, wk, bk).view(m, -1, dim), cos, sin)
+    return q, k, linear(normed, wv, bv).view(m, -1, dim), scale
 
 
 def _mlp(
-    x: Tensor, gain: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
+    x: Tensor, gain: Tensor, gate: Weight, up: Weight, down: Weight, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``x + down(silu(gate(n)) * up(n))`` with n the norm of x; and the norm's factor, gate(n) and up(n)."""
     normed, scale = _norm(x, gain, eps)
-    g, u = F.linear(normed, gate), F.linear(normed, up)
-    return torch.addmm(x, F.silu(g).mul_(u), down.t()), scale, g, u
+    g, u = linear(normed, gate), linear(normed, up)
+    return _plus(x, F.silu(g).mul_(u), down), scale, g, u
 
 
 # Backward --------------------------------------------------------------------------------------------------------
@@ -297,13 +337,30 @@ class _Qkv(torch.autograd.Function):
         x, gain, wq, wk, wv, cos, sin, scale = ctx.saved_tensors
         m, back = len(x), -sin
         grads = [_rotate(d_q, cos, back).reshape(m, -1), _rotate(d_k, cos, back).reshape(m, -1), d_v.reshape(m, -1)]
-        d_normed = torch.mm(grads[0], wq).addmm_(grads[1], wk).addmm_(grads[2], wv)
+        d_normed = matmul(grads[0], wq).add_(matmul(grads[1], wk)).add_(matmul(grads[2], wv))
         d_x, d_gain, unit = _norm_backward(d_normed, x, gain, scale)
         normed = unit.mul_(gain)
         wanted = ctx.needs_input_grad
         d_w = [torch.mm(g.t(), normed) if wanted[2 + i] else None for i, g in enumerate(grads)]
         d_b = [g.sum(0) if wanted[5 + i] else None for i, g in enumerate(grads)]
         return d_x, d_gain, *d_w, *d_b, None, None, None, None
+
+
+class _Out(torch.autograd.Function):
+    """What attention adds to the residual stream; keeps what attention gave."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        return _plus(x, states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        d_weight = torch.mm(grad.t(), states) if wanted[2] else None
+        return grad, matmul(grad, weight), d_weight, grad.sum(0) if wanted[3] else None
 
 
 class _Mlp(torch.autograd.Function):
@@ -322,10 +379,10 @@ class _Mlp(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         s = F.silu(g)
         d_down = torch.mm(grad.t(), s * u) if wanted[4] else None
-        d_h = torch.mm(grad, down)
+        d_h = matmul(grad, down)
         d_u = s.mul_(d_h)
         d_g = torch.ops.aten.silu_backward(d_h.mul_(u), g)
-        d_x, d_gain, unit = _norm_backward(torch.mm(d_g, gate).addmm_(d_u, up), x, gain, scale)
+        d_x, d_gain, unit = _norm_backward(matmul(d_g, gate).add_(matmul(d_u, up)), x, gain, scale)
         normed = unit.mul_(gain)
         d_gate = torch.mm(d_g.t(), normed) if wanted[2] else None
         d_up = torch.mm(d_u.t(), normed) if wanted[3] else None

@@ -9,6 +9,7 @@ _HOME = {
     "markdown_table": "table",
     "plain_table": "table",
     "plot_frontier": "frontier",
+    "plot_hack_curves": "hack_curves",
     "plot_histogram": "histogram",
 }
 

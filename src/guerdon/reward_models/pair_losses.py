@@ -92,9 +92,7 @@ def masked_regression_loss(pred: Tensor, label: Tensor, ignore: float = -100.0) 
     return ((pred - label.to(pred))[known] ** 2).mean()
 
 
-def _pair_losses(
-    rc: Tensor, rr: Tensor, p: Tensor | float | None, margin: Tensor | float | None
-) -> Tensor:
+def _pair_losses(rc: Tensor, rr: Tensor, p: Tensor | float | None, margin: Tensor | float | None) -> Tensor:
     if rc.ndim != 1 or rc.shape != rr.shape:
         raise ValueError(f"chosen {tuple(rc.shape)} and rejected {tuple(rr.shape)} must be one [N] each")
     gap = rc - rr

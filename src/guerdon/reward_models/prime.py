@@ -40,6 +40,7 @@ class PrimeReward(ImplicitPRM):
             response (at temperature 1) stand in for the reference, which costs no forward pass.
 
     Attributes:
+        learning: False makes it a fixed scorer: :meth:`step` gives rewards and updates nothing.
         updates: optimiser steps so far.
         metrics: of the last batch: ``loss``, ``updates``, and the pairwise accuracy of the sums of its rewards,
             ``accuracy_before`` the update and ``accuracy_after`` it (the latter with ``measure_after``, at the cost of
@@ -83,6 +84,7 @@ class PrimeReward(ImplicitPRM):
         self.order, self.granularity, self.reference_kind = order, granularity, reference
         self.minibatch_size, self.grad_clip, self.measure_after = minibatch_size, grad_clip, measure_after
         self.optimiser = self._optimiser(lr, 0.0)
+        self.learning = True
         self.updates = 0
         self.metrics: dict[str, float] = {}
 
@@ -131,10 +133,10 @@ class PrimeReward(ImplicitPRM):
         busy = torch.nonzero(made.counts).squeeze(1)
         ids = _groups(made, group)
         before_N: Tensor | None = None
-        if self.order == "after" and not 0 < len(busy) <= self.minibatch_size:
+        if not self.learning or (self.order == "after" and not 0 < len(busy) <= self.minibatch_size):
             before_N = self._ratio(made, reference_N)
         losses = []
-        for start in range(0, len(busy), self.minibatch_size):
+        for start in range(0, len(busy) if self.learning else 0, self.minibatch_size):
             rows = busy[start : start + self.minibatch_size]
             loss, ratio = self._learn(made, rows, labels, reference_N, len(losses))
             losses.append(loss)
@@ -142,11 +144,13 @@ class PrimeReward(ImplicitPRM):
                 before_N = torch.zeros_like(reference_N)
                 before_N[made.flat(rows)] = ratio
         after_N = None
-        if self.order == "before" or self.measure_after:
+        if self.learning and (self.order == "before" or self.measure_after):
             after_N = self._ratio(made, reference_N)
-        given = after_N if self.order == "before" else before_N
+        given = after_N if after_N is not None and self.order == "before" else before_N
         assert given is not None
-        self.metrics = {"loss": sum(losses) / max(len(losses), 1), "updates": float(len(losses))}
+        self.metrics = {"updates": float(len(losses))}
+        if losses:
+            self.metrics["loss"] = sum(losses) / len(losses)
         for name, ratio_N in (("accuracy_before", before_N), ("accuracy_after", after_N)):
             if ratio_N is not None:
                 sums = torch.zeros(len(made), dtype=ratio_N.dtype).index_add_(0, made.owner, ratio_N)

@@ -344,7 +344,9 @@ class ProgressEstimator(nn.Module):
         loss = ((predicted - target) ** 2).sum() / n
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(f"the progress estimator's loss is {value}; lower the learning rate or look at the data")
+            raise TrainingError(
+                f"the progress estimator's loss is {value}; lower the learning rate or look at the data"
+            )
         loss.backward()
         return value
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,7 +237,7 @@ class FeatureTrunk(Trunk):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers: list[nn.Module] = []
-            for a, b in zip(sizes, sizes[1:], strict=False):
+            for a, b in pairwise(sizes):
                 layers += [nn.Linear(a, b), nn.ReLU()]
             self.layers = nn.Sequential(*layers)
         self.width = sizes[-1]

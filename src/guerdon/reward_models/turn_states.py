@@ -79,7 +79,9 @@ class PolicyTurns(nn.Module):
         if ids and max(ids) >= self._size:
             raise DataError(f"{where} has token id {max(ids)}, the policy knows {self._size}; it has another tokenizer")
         if len(response) > self._max_tokens:
-            raise DataError(f"{where} has a response of {len(response)} tokens, more than max_tokens={self._max_tokens}")
+            raise DataError(
+                f"{where} has a response of {len(response)} tokens, more than max_tokens={self._max_tokens}"
+            )
         cut = max(0, len(ids) - self._max_tokens)
         base = len(trajectory.prompt_ids) - cut
         return Tokens(tuple(ids[cut:]), tuple(base + span.stop - 1 for span in spans))

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 __all__ = ["Timeout", "wait", "wait_each"]
@@ -25,12 +26,20 @@ class _Loop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def here(self) -> bool:
+        """Whether the caller runs on the loop."""
+        return threading.current_thread() is self._thread
 
     def get(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._serve, args=(self._loop,), name="guerdon-rewards", daemon=True).start()
+                self._thread = threading.Thread(
+                    target=self._serve, args=(self._loop,), name="guerdon-rewards", daemon=True
+                )
+                self._thread.start()
             return self._loop
 
     @staticmethod
@@ -149,4 +158,17 @@ async def _called(call: Callable[[], Any]) -> Any:
 
 
 def _run(job: Any) -> Any:
-    return asyncio.run_coroutine_threadsafe(_finish(job), _LOOP.get()).result()
+    loop = _LOOP.get()
+    if not _LOOP.here():
+        return asyncio.run_coroutine_threadsafe(_finish(job), loop).result()
+    # A coroutine of one reward calls another reward as a plain function: the loop cannot wait for itself.
+    found: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(asyncio.run(_finish(job)))
+        except BaseException as error:  # noqa: BLE001  carried over to the waiting side
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return found.result()

@@ -8,13 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from guerdon.errors import BudgetExceeded, ConfigError, MissingDependency, RewardError
 from guerdon.rewards.awaiting import Timeout, wait, wait_each
 from guerdon.types import Score, StopReason, Task, Trajectory, Turn, action_mask, validate_score
 
-__all__ = ["FunctionReward", "Progress", "Reward", "Weighted", "as_reward", "reward_values", "step_fault", "takes_progress"]
+__all__ = [
+    "FunctionReward",
+    "Progress",
+    "Reward",
+    "Weighted",
+    "as_reward",
+    "reward_values",
+    "step_fault",
+    "takes_progress",
+]
 
 OnError = Literal["raise", "drop"] | float
 
@@ -74,8 +83,8 @@ class Reward:
 
     range: tuple[float, float] = (-math.inf, math.inf)
     gives: frozenset[str] | None = None
-    timeout: float | None = None
-    workers: int | None = None
+    _timeout: float | None = None
+    _workers: int | None = None
 
     def __init__(
         self,
@@ -86,15 +95,24 @@ class Reward:
         workers: int | None = None,
     ) -> None:
         check_on_error(on_error)
-        if timeout is not None and not timeout > 0:
-            raise ConfigError(f"timeout must be a positive number of seconds, got {timeout}")
-        if workers is not None and workers < 1:
-            raise ConfigError(f"workers must be at least 1, got {workers}")
         self.name = name or type(self).__name__
         self.on_error: OnError = on_error
-        self.timeout, self.workers = timeout, workers
+        self.limit(timeout=timeout, workers=workers)
         self.failures: Counter[str] = Counter()
         self._error: BaseException | None = None
+
+    def limit(self, *, timeout: float | None = None, workers: int | None = None) -> Self:
+        """Set how long a score may take and how many are made at once; see the class.
+
+        Raises:
+            ConfigError: not positive.
+        """
+        for name, value in (("timeout", timeout), ("workers", workers)):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and value > 0):
+                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+        self._timeout, self._workers = timeout, None if workers is None else int(workers)
+        return self
 
     def score_one(self, trajectory: Trajectory) -> Any:
         """Score one trajectory: a number or a :class:`~guerdon.types.Score`; may be a coroutine function."""
@@ -139,14 +157,14 @@ class Reward:
 
     def cause(self) -> BaseException | None:
         """The first exception of the last batch, of this reward or of a part of it."""
-        return self._error or next((e for e in (one.cause() for one in self.parts()) if e is not None), None)
+        return self._error or next((e for e in (one.cause() for one in self.components()) if e is not None), None)
 
     def text(self, *, completion: str, reference: Any = None, prompt: str = "", **info: Any) -> Score:
         """Score a plain string as if a policy had written it in one turn."""
         task = Task("text", prompt, reference)
         return self([Trajectory(task, (Turn("policy", completion),), StopReason.DONE, info=info)])[0]
 
-    def parts(self) -> Iterator[Reward]:
+    def components(self) -> Iterator[Reward]:
         """Rewards that this one is made of: attributes that are rewards, or sequences of them."""
         for value in vars(self).values():
             for item in value if isinstance(value, list | tuple) else (value,):
@@ -157,7 +175,7 @@ class Reward:
     def failure_counts(self) -> Counter[tuple[str, str]]:
         """Failures of this reward and of all its parts, by ``(name of the reward, reason)``."""
         counts: Counter[tuple[str, str]] = Counter({(self.name, reason): n for reason, n in self.failures.items()})
-        for one in self.parts():
+        for one in self.components():
             counts += one.failure_counts()
         return counts
 
@@ -186,19 +204,21 @@ class Reward:
         if type(self).score is Reward.score:
             more = {"progress": progress} if takes_progress(self.score_one) else {}
             calls = [partial(self.score_one, t, **more) for t in trajectories]
-            return [_ours(value) for value in wait_each(calls, timeout=self.timeout, workers=self.workers)]
+            return [_ours(value) for value in wait_each(calls, timeout=self._timeout, workers=self._workers)]
         more = {"progress": progress} if takes_progress(self.score) else {}
         try:
-            raw = _listed(wait(partial(self.score, trajectories, **more), self.timeout))
+            raw = _listed(wait(partial(self.score, trajectories, **more), self._timeout))
             if isinstance(raw, list) and any(inspect.isawaitable(r) for r in raw):
-                raw = wait_each([partial(_itself, r) for r in raw], timeout=self.timeout, workers=None)
+                raw = wait_each([partial(_itself, r) for r in raw], timeout=self._timeout, workers=None)
         except _FATAL:
             raise
         except Exception as error:  # noqa: BLE001  a user's reward may raise anything; it is named and counted
             # A batch is not scored again one by one: its reward may hold state that must advance once.
             raw = [error] * len(trajectories)
         if not isinstance(raw, list):
-            return [_Fault("type", f"returned {type(raw).__name__}, a sequence of scores is expected")] * len(trajectories)
+            return [_Fault("type", f"returned {type(raw).__name__}, a sequence of scores is expected")] * len(
+                trajectories
+            )
         if len(raw) != len(trajectories):
             return [_Fault("length", f"returned {len(raw)} scores for {len(trajectories)} trajectories")] * len(
                 trajectories
@@ -322,7 +342,7 @@ class FunctionReward(Reward):
         timeout: float | None = None,
     ) -> None:
         label = getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
-        given = getattr(function, "on_error", "raise") if on_error is None else on_error
+        given: OnError = getattr(function, "on_error", "raise") if on_error is None else on_error
         super().__init__(name=name or str(label), on_error=given, timeout=timeout)
         self.function = function
         self.gives = getattr(function, "gives", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from guerdon.errors import ConfigError
 from guerdon.rewards.base import OnError, Reward
@@ -48,7 +49,7 @@ def grounding_signal(
     rejects = rejection_test(rejected)
     turns = policy_turns(trajectory)
     out = []
-    for k, following in zip(turns, [*turns[1:], len(trajectory.turns)], strict=True):
+    for k, following in pairwise([*turns, len(trajectory.turns)]):
         answers = [t for t in trajectory.turns[k + 1 : following] if t.speaker == "environment"]
         out.append(0.0 if any(rejects(turn) for turn in answers) else 1.0)
     if out and last is not None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-
-import numpy as np
 
 from guerdon.errors import ConfigError
-from guerdon.rewards.base import OnError, Reward
-from guerdon.types import Trajectory, policy_text
+from guerdon.rewards.base import OnError
+from guerdon.rewards.plain import TextReward
 
 __all__ = ["RepetitionRatio", "copied_share", "repeated_share", "repetition_ratio", "word_ngrams"]
 
@@ -29,7 +26,7 @@ def word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 def repetition_ratio(text: str, n: int = 20) -> float:
     """Distinct n-grams that occur more than once, over all n-grams with their repeats; 0 for fewer than ``n`` words.
 
-    The numerator counts each repeated n-gram once, so the value stays below 1/2 and a text that says the same
+    The numerator counts each repeated n-gram once, so the value never exceeds 1/2 and a text that says the same
     thing very often scores *low*; :func:`repeated_share` has no such dip. Source: Lv et al. 2025
     (arXiv 2505.22653), released pattern reward, n = 20.
     """
@@ -52,8 +49,10 @@ def copied_share(text: str, source: str, n: int = 4) -> float:
     return sum(gram in known for gram in grams) / len(grams)
 
 
-class RepetitionRatio(Reward):
+class RepetitionRatio(TextReward):
     """:func:`repetition_ratio` of what the policy wrote, in [0, 1/2]; subtract it to discourage repetition.
+
+    Called on a list of plain responses it returns ``[B]`` float64.
 
     Args:
         n: words per n-gram.
@@ -66,9 +65,5 @@ class RepetitionRatio(Reward):
         word_ngrams("", n)
         self.n = n
 
-    def score_one(self, trajectory: Trajectory) -> float:
-        return repetition_ratio(policy_text(trajectory), self.n)
-
-    def values(self, texts: Sequence[str]) -> np.ndarray:
-        """The ratio of each plain text: ``[B]`` float64."""
-        return np.array([repetition_ratio(text, self.n) for text in texts], dtype=np.float64)
+    def score_text(self, text: str) -> float:
+        return repetition_ratio(text, self.n)

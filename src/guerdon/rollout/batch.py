@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from guerdon.errors import ConfigError, EngineError
-from guerdon.policies.direct import DirectTrunk, direct_trunk
+from guerdon.policies.direct import DirectTrunk, direct_trunk, is_plain
+from guerdon.policies.products import PackedWeight, pack
 from guerdon.rollout.kv import ATTENTION, RowGroups, SlotCache, attending
 from guerdon.rollout.protocol import Sampling
 from guerdon.rollout.sampler import BLOCK, Uniforms, sample
@@ -32,6 +33,9 @@ from guerdon.types import StopReason
 __all__ = ["Batch", "Context", "Job", "Masks", "Prefix", "Stats", "base_model"]
 
 _SAMPLE_ELEMENTS = 1 << 24
+# Parameters, and steps to come, from which sampling gains more by packed weights than packing them costs.
+_WORTH_PACKING = 1 << 23
+_LONG = 32
 # A prefix of so few tokens is copied to its rows: reading it again costs less than looking after who shares it.
 _SHORT = 32
 
@@ -204,6 +208,8 @@ class Batch:
         self._prefixes: list[Prefix] = []
         self._direct: DirectTrunk | None = None
         self._head = base_model(model).get_output_embeddings()
+        self._packed_head: PackedWeight | None = None
+        self._large = sum(p.numel() for p in model.parameters()) >= _WORTH_PACKING
         self._rows_now: _Rows | None = None
         self._allocate(0)
 
@@ -218,7 +224,7 @@ class Batch:
             # Made anew each time: in between, weights may have been replaced, wrapped or hooked.
             before, self._direct = self._direct, direct_trunk(base_model(self.model), context=self.max_context)
             if before is not None and self._direct is not None:
-                self._direct.take_table(before)
+                self._direct.take_over(before)
             if self._direct is None:
                 self._config._attn_implementation = ATTENTION
         try:
@@ -299,6 +305,10 @@ class Batch:
             self.owner[context.slot] = None
             context.lose()
 
+    def rest(self) -> None:
+        """Give back what only speeds sampling up; called when no stream is open."""
+        self._unpack()
+
     def drop(self, prefix: Prefix) -> None:
         """Free a prefix that no open stream begins with."""
         if prefix.slot < 0:
@@ -321,6 +331,7 @@ class Batch:
             prefix.slot, prefix.cached, prefix.used = -1, 0, False
         self._prefixes = []
         self._rows_now = None
+        self._unpack()
         self.queue.extendleft(reversed(self._filling))
         self._filling = []
         self.cache.release()
@@ -481,7 +492,8 @@ class Batch:
                 positions.reshape(-1),
                 lambda layer, q, k, v: self.cache.direct(layer, q, k, v, trunk.scaling),
             )
-            return self._head(states.view(*ids.shape, -1)[:, -1]) if logits else states
+            last = states.view(*ids.shape, -1)[:, -1]
+            return (self._packed_head or self._head)(last) if logits else last
         out = self.model(
             input_ids=ids,
             position_ids=positions,
@@ -553,7 +565,7 @@ class Batch:
         self.cache.own.reserve(len(self.owner), width)
         feed = torch.from_numpy(rows["feed"]).to(self.device)
         positions = torch.from_numpy(rows["cached"]).to(self.device)
-        self.cache.decode(torch.from_numpy(stored).to(self.device), width, now.groups)
+        width = self.cache.decode(torch.from_numpy(stored).to(self.device), width, now.groups)
         mask = self._masks(positions[:, None], width) if self._own_attention else None
         logits = self._forward(feed[:, None], positions[:, None], mask)
         tokens, logprobs = self._sample(logits, now)
@@ -582,6 +594,8 @@ class Batch:
     def _look_at_rows(self) -> _Rows:
         """What stays the same for every step until rows come or go."""
         rows = {name: values[: self.active] for name, values in self._rows.items()}
+        if self._large and self._direct is not None and int(rows["limit"].max()) >= _LONG:
+            self._pack(self._direct)
         groups = None
         if rows["base"].any():
             slots = [c.prefix.slot if c is not None and c.prefix is not None else 0 for c in self.owner[: self.active]]
@@ -599,6 +613,17 @@ class Batch:
             setting("top_p", bool((rows["top_p"] < 1).any())),
         )
         return self._rows_now
+
+    def _pack(self, trunk: DirectTrunk) -> None:
+        """Copy the weights into a layout that is fast for few rows, until they change or no stream is open."""
+        trunk.pack()
+        if self._packed_head is None and is_plain(self._head):
+            self._packed_head = pack(self._head.weight, self._head.bias)
+
+    def _unpack(self) -> None:
+        self._packed_head = None
+        if self._direct is not None:
+            self._direct.unpack()
 
     def _sample(self, logits: torch.Tensor, now: _Rows) -> tuple[np.ndarray, np.ndarray]:
         rows = now.values

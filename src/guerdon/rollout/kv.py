@@ -221,15 +221,21 @@ class SlotCache(Cache):
             mask=mask[:, None],
         )  # fmt: skip
 
-    def decode(self, positions: torch.Tensor, width: int, groups: RowGroups | None = None) -> None:
+    def decode(self, positions: torch.Tensor, width: int, groups: RowGroups | None = None) -> int:
         """Announce a pass of one token for each of the leading own slots.
 
         Args:
             positions: [B] where each token is stored in its own slot.
             width: own tokens that are read; more than every position.
             groups: the rows' shared prefixes, None where no row has one.
+
+        Returns:
+            own tokens that will be read, at least ``width``.
         """
         n, device = len(positions), positions.device
+        if 2 * width > self.own.capacity:
+            # What lies behind each row is masked anyway, and memory without gaps is read several times faster.
+            width = max(width, self.own.capacity)
         hidden = torch.arange(width, device=device) > positions[:, None]
         # Added to the scores: that is several times faster than filling by a mask in every layer.
         mask = torch.zeros(hidden.shape, device=device, dtype=self.own.dtype).masked_fill_(hidden, -torch.inf)
@@ -243,12 +249,13 @@ class SlotCache(Cache):
             self._pass = _Pass(
                 "decode", self.own, slot, positions, n, rows=slice(0, n), width=width, mask=mask[:, None], cells=cells
             )
-            return
+            return width
         mask = torch.cat([groups.mask, mask], dim=-1)
         self._pass = _Pass(
             "decode", self.own, slot, positions, n, rows=slice(0, n), width=width, prefix_width=groups.width,
             groups=groups.count, members=groups.members, place=groups.place, mask=mask[:, None], cells=cells,
         )  # fmt: skip
+        return width
 
     def copy_prefix(self, prefix: int, slots: Sequence[int], tokens: int) -> None:
         """Copy a shared prefix to the beginning of own slots (for models whose attention is their own)."""

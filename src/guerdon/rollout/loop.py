@@ -167,6 +167,14 @@ class _Settings:
     close_observation: CloseObservation | None
     overflow: str
     seed: int
+    rendered: dict[Hashable, tuple[tuple[Message, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def prompt_ids(self, group: Hashable, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        """Token ids of a prompt; those of one group are nearly always the same, and templates are slow."""
+        known = self.rendered.get(group)
+        if known is None or known[0] != messages:
+            known = self.rendered[group] = messages, tuple(self.render(messages))
+        return known[1]
 
 
 @dataclass
@@ -198,7 +206,7 @@ class _Play:
             group = derive_seed(s.seed, self.task.id)
             self.episode = s.environment.start(self.task, seed=self.seed, group=group, member=self.member)
             self.messages = tuple(self.episode.prompt)
-            self.prompt_ids = tuple(s.render(self.messages))
+            self.prompt_ids = s.prompt_ids(self.group, self.messages)
             self.stream = s.engine.start(self.messages, self.prompt_ids, group=self.group)
         except Exception as error:  # noqa: BLE001 - raised again by run()
             self.error = error

@@ -29,6 +29,10 @@ class TokenText:
         self.decode = decode
         self.exact, self.pieces = _pieces(tokenizer, decode, len(tokenizer))
         self.pieces += [b""] * (size - len(self.pieces))
+        self._lengths = np.array([len(piece) for piece in self.pieces])
+        plain = [i for i, piece in enumerate(self.pieces) if piece.isascii() and i < len(tokenizer)]
+        # Then the text of such tokens is known without asking the tokenizer, which is slow.
+        self._joins = self.exact and decode(plain) == b"".join([self.pieces[i] for i in plain]).decode()
 
     def text_and_ends(self, ids: Sequence[int], final: int = 0) -> tuple[str, tuple[int, ...]]:
         """Text of ``ids`` without the last ``final`` of them, and each id's end offset in it.
@@ -36,6 +40,8 @@ class TokenText:
         A token that ends inside a character ends where the last whole character does; the last one ends the text.
         """
         body = ids[: len(ids) - final]
+        if self._joins and body and (joined := b"".join([self.pieces[i] for i in body])).isascii():
+            return joined.decode(), (*self._lengths[list(body)].cumsum().tolist(), *[len(joined)] * final)
         text = self.decode(body) if body else ""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         ends, length = [], 0

@@ -230,6 +230,8 @@ class TransformersEngine:
             self._post("close", context)
             if unused:
                 self._post("drop", prefix)
+            if self._open == 0:
+                self._post("rest", None)
             waiting = [gate for gate in self._gates.values() if gate.staged and not gate.loop.is_closed()]
         if self.lockstep:
             for gate in waiting:
@@ -310,6 +312,8 @@ class TransformersEngine:
                     self._batch.finished.append(job)
             elif kind == "drop":
                 self._batch.drop(what)
+            elif kind == "rest":
+                self._batch.rest()
             else:
                 self._batch.forget()
                 what.set()

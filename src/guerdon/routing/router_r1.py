@@ -28,7 +28,7 @@ from guerdon.routing.reward import HierarchicalReward
 from guerdon.training import OnlineConfig, OnlineTrainer
 from guerdon.types import Task, Trajectory, Usage
 
-__all__ = ["RoutedAnswer", "RouterR1", "RouterSettings", "evaluate_router", "paper_config", "router_r1_train"]
+__all__ = ["RoutedAnswer", "RouterR1", "RouterSettings", "choice_weights", "evaluate_router", "paper_config", "router_r1_train"]
 
 PROMPTS: Mapping[str, Callable[..., str]] = {"full": router_prompt, "compact": compact_prompt}
 _FILE = "router.json"
@@ -253,6 +253,25 @@ def paper_config(**changes: Any) -> OnlineConfig:
     return OnlineConfig(**(settings | changes))
 
 
+def choice_weights(trajectory: Trajectory, extra: float) -> list[float]:
+    """Weight of each response token in the entropy bonus: ``1 + extra`` where a member is chosen, else 1.
+
+    A choice is the thought before a call and the member's name, that is a policy turn up to the first colon of its
+    search block. Queries and answers, which have to be copied exactly, get no more than the plain bonus, and
+    environment tokens get 0.
+    """
+    weights: list[float] = []
+    for turn in trajectory.turns:
+        if turn.speaker != "policy":
+            weights += [0.0] * len(turn.token_ids)
+            continue
+        block = turn.text.find("<search>")
+        until = turn.text.find(":", block) if block >= 0 else -1
+        ends = turn.token_ends or (until + 1,) * len(turn.token_ids)
+        weights += [1.0 + extra * (end <= until) for end in ends]
+    return weights
+
+
 def router_r1_train(
     policy: Policy,
     env: RoutingEnv,
@@ -262,6 +281,7 @@ def router_r1_train(
     *,
     engine: Engine | None = None,
     out: str | os.PathLike[str] | None = None,
+    exploration: float = 0.0,
     **options: Any,
 ) -> OnlineTrainer:
     """Train ``policy`` in place and return the finished trainer.
@@ -274,6 +294,7 @@ def router_r1_train(
         config: :func:`paper_config` by default; the protocol's stop strings and turn limit are filled in.
         engine: samples from ``policy``.
         out: run folder; the same call with the same folder resumes.
+        exploration: extra weight of the entropy bonus where a member is chosen; see :func:`choice_weights`.
         options: passed on to :class:`~guerdon.training.OnlineTrainer`.
 
     Raises:
@@ -290,6 +311,11 @@ def router_r1_train(
     config = config.model_copy(update={"stop": stops, "max_turns": env.max_turns + 1})
     if config.algorithm == "ppo" and "critic" not in options:
         options["critic"] = "shared"
+    if exploration < 0:
+        raise ConfigError(f"exploration must be >= 0, got {exploration}")
+    if exploration:
+        weights = {"entropy": lambda trajectory: choice_weights(trajectory, exploration)}
+        options["token_weights"] = weights | dict(options.get("token_weights") or {})
     trainer = OnlineTrainer(
         policy, engine or TransformersEngine(policy), replace(env), data, reward, config, out=out, **options
     )

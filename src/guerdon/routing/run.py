@@ -131,7 +131,8 @@ class RunConfig(Config):
         policy, data, router, reward, online, evaluation: see their classes.
         warm_start: ``None`` starts RL from the policy as it is.
         pool: YAML file of a pool; required with ``data.train``.
-        exploration: extra weight of the entropy bonus on the tokens of a search block's thought and member name.
+        exploration: extra weight of the entropy bonus where a member is chosen; see
+            :func:`guerdon.routing.router_r1.choice_weights`.
         seed: of data, pools, scripts and weights, and of RL where ``online.seed`` is not given.
     """
 
@@ -153,6 +154,7 @@ class RunConfig(Config):
         save_every=10,
         optimiser=OptimiserConfig(lr=5e-4, warmup=3, betas=(0.9, 0.95)),
     )
+    exploration: NonNegative = 9.0
     pool: Path | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0
@@ -337,6 +339,7 @@ class RouteRun:
         keys = ("reward/mean", "reward/outcome", "reward/format", "reward/raw_cost", "entropy", "time/step")
         trainer = router_r1_train(
             prepared.policy, prepared.env, reward, prepared.train, config, out=self.out / "online",
+            exploration=self.config.exploration,
             callbacks=[Console(keys, every=5), TrajectoryWriter(self.out / "online" / "trajectories.jsonl", every=10)],
             rollout_options={"close_observation": "</information>\n\n"},
         )  # fmt: skip

@@ -6,12 +6,16 @@ import importlib
 from typing import Any
 
 _HOME: dict[str, str] = {
+    "AnswerSampler": "meta_prover",
     "Beam": "beam",
     "BeamResult": "beam",
+    "CLOSE_SUFFIX": "meta_prover",
     "Edge": "prefix_tree",
     "EffectiveReward": "beam",
     "EngineSampler": "prefixes",
     "Estimate": "prefix_values",
+    "FORCE_SUFFIX": "meta_prover",
+    "MetaProver": "meta_prover",
     "Node": "prefix_tree",
     "Prefix": "prefixes",
     "PrefixTree": "prefix_tree",

@@ -44,6 +44,14 @@ class Prefix:
     ended: bool = False
     stop: StopReason | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("token_ends", "logprobs"):
+            values = getattr(self, name)
+            if self.ids and values is not None and len(values) == 0:
+                object.__setattr__(self, name, None)
+            elif values is not None and len(values) != len(self.ids):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.ids)} tokens")
+
     @property
     def key(self) -> tuple[str, tuple[int, ...], tuple[int, ...], bool]:
         """What makes a prefix this prefix."""
@@ -79,7 +87,7 @@ class Prefix:
 
     def trajectory(self, usage: Usage | None = None) -> Trajectory:
         """The prefix as a trajectory of one policy turn: DONE where it has ended, else as it was cut off."""
-        turn = Turn("policy", self.text, self.ids, self.logprobs or None, self.token_ends, {"stop": self.stop})
+        turn = Turn("policy", self.text, self.ids, self.logprobs, self.token_ends, {"stop": self.stop})
         stop = StopReason.DONE if self.ended else self.stop or StopReason.LENGTH
         if stop in (StopReason.STOP_STRING, StopReason.EOS):
             stop = StopReason.DONE

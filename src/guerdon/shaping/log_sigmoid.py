@@ -230,9 +230,12 @@ class LogSigmoidCentered(RewardTransform):
         """``[B]`` rewards with each row's own base-policy rewards, without :meth:`fit`: a shaper's way of calling.
 
         Raises:
-            DataError: no base rewards, or none for some row.
+            ConfigError: no base rewards at all.
+            DataError: none for some row.
         """
-        rows = [] if base_rewards is None else [np.atleast_1d(_array(row, b)) for b, row in enumerate(base_rewards)]
+        if base_rewards is None:
+            raise ConfigError("this shaping needs reference rewards and got none; give those of base-policy samples")
+        rows = [np.atleast_1d(_array(row, b)) for b, row in enumerate(base_rewards)]
         if len(rows) != len(rewards) or not all(row.size for row in rows):
             raise DataError(f"{len(rewards)} rewards need a row of base-policy rewards each, got {len(rows)} rows")
         refs = torch.tensor([self._one(row, b) for b, row in enumerate(rows)], dtype=torch.float64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from guerdon.errors import ConfigError, RewardError
+from guerdon.errors import ConfigError, DataError, RewardError
 from guerdon.shaping.log_sigmoid import AllGood
 from guerdon.shaping.shapers import PreferenceAsReward, RewardShaper, apply_ceiling, penalise_length, shaper
 from guerdon.types import Group, Score, Task, Trajectory
@@ -166,11 +166,14 @@ class AllGoodScores:
         """Refuse tasks that some transform has no reference for.
 
         Raises:
-            ConfigError: nothing was fitted. DataError: names the first such task.
+            ConfigError: names the first such task.
         """
         for task in tasks:
-            for transform in self.combiner.transforms.values():
-                transform.reference_of(self.key(task))
+            for name, transform in self.combiner.transforms.items():
+                try:
+                    transform.reference_of(self.key(task))
+                except DataError as error:
+                    raise ConfigError(f"shape {self.name!r}, reward {name!r}: {error}") from None
 
     def __call__(self, trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> list[Score]:
         """Combine a batch.
@@ -248,6 +251,8 @@ def _length(trajectory: Trajectory) -> int:
     for turn in trajectory.turns:
         if turn.speaker == "policy":
             if turn.text and not turn.token_ids:
-                raise RewardError(f"a policy turn of task {trajectory.task.id!r} has no token ids: its length is unknown")
+                raise RewardError(
+                    f"a policy turn of task {trajectory.task.id!r} has no token ids: its length is unknown"
+                )
             total += len(turn.token_ids)
     return total

@@ -106,6 +106,7 @@ def _running(mode: str) -> RewardShaper:
 
 
 def _ceil(c: float = 4.0) -> RewardShaper:
+    apply_ceiling(torch.zeros(0), c)
     return _Function("ceil", partial(apply_ceiling, ceiling=c), False)
 
 

@@ -35,7 +35,9 @@ def _spelled(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_spelled(item) for item in value]
     spelled = part_spec(value)
-    if value is not None and (not isinstance(spelled, str | dict) or (isinstance(spelled, dict) and "name" not in spelled)):
+    if value is not None and (
+        not isinstance(spelled, str | dict) or (isinstance(spelled, dict) and "name" not in spelled)
+    ):
         raise ValueError("a name, a mapping with a name, or a part such as gd.credit.group_relative() is expected")
     return spelled
 
@@ -356,7 +358,7 @@ class OnlineConfig(Config):
     def free_on_resume(self) -> frozenset[str]:
         # A longer run is the same run so far, unless a schedule depends on the length.
         lengths = {"steps"} if self.optimiser.schedule == "constant" and self.entropy_final is None else set()
-        return super().free_on_resume() | lengths
+        return super().free_on_resume() | lengths | {"no_signal_steps"}
 
     def entropy_at(self, step: int) -> float:
         """Entropy coefficient at ``step`` (from 0)."""
@@ -450,7 +452,11 @@ class OnlineConfig(Config):
             )
         if self.filter is not None and self.group_size == 1 and self.filter.min_std > 0:
             yield "filter.min_std compares members of a group and group_size=1; raise group_size or remove it"
-        if self.dynamic_sampling and self.filter is None and (self.group_size == 1 or credit.known and "group" not in credit.needs):
+        if (
+            self.dynamic_sampling
+            and self.filter is None
+            and (self.group_size == 1 or (credit.known and "group" not in credit.needs))
+        ):
             yield (
                 f"dynamic_sampling replaces groups without variance, and credit {credit.name!r} learns from those too; "
                 "give filter to say which groups to replace, or remove it"

@@ -76,7 +76,7 @@ class Online:
             raise ConfigError(f"give config= or settings ({', '.join(sorted(settings))}), not both")
         self._open_ended = config is None and "steps" not in settings
         # A run whose length fit() will say: no check of a schedule against a default length.
-        length = {"steps": _UNKNOWN_LENGTH} if self._open_ended else {}
+        length: dict[str, Any] = {"steps": _UNKNOWN_LENGTH} if self._open_ended else {}
         self._given = dict(settings)
         self.config = config if config is not None else OnlineConfig(**settings, **length)
         self.tasks = read_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)

@@ -17,7 +17,7 @@ __all__ = ["generator_states", "restore_generators"]
 
 def generator_states() -> dict[str, Any]:
     """States of torch (CPU and GPUs), numpy and Python, as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what is meant
+    name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -33,6 +33,6 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
     name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

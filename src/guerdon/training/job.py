@@ -139,12 +139,9 @@ def make_reward(spec: Any) -> Any:
     if isinstance(spec, list):
         if not spec:
             raise ConfigError("reward is an empty list; name at least one reward")
-        made = [make_reward(one) for one in spec]
-        total = made[0]
-        for one in made[1:]:
-            total = total + one
-        return total
-    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+        terms = [make_reward(one) for one in spec]
+        return sum(terms[1:], terms[0])
+    settings: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = settings.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"a reward given as a mapping needs a name, got {spec!r}; known are {', '.join(REWARDS)}")
@@ -160,11 +157,8 @@ def make_reward(spec: Any) -> Any:
         made.on_error = common["on_error"]
     if "label" in common:
         made.name = str(common["label"])
-    for key in ("timeout", "workers"):
-        if key in common:
-            if not (isinstance(common[key], int | float) and common[key] > 0):
-                raise ConfigError(f"reward {name!r}: {key} must be positive, got {common[key]!r}")
-            setattr(made, key, common[key])
+    if "timeout" in common or "workers" in common:
+        made.limit(timeout=common.get("timeout"), workers=common.get("workers"))
     return made * common["weight"] if "weight" in common else made
 
 

@@ -148,9 +148,7 @@ class OnlineTrainer(Run):
         )
         self._algorithm = parts.algorithm
         self._compares = "group" in parts.traits.needs
-        self._scorer = Scorer(
-            reward, parts.shape, on_error=config.on_reward_error, timeout=config.reward_timeout
-        )
+        self._scorer = Scorer(reward, parts.shape, on_error=config.on_reward_error, timeout=config.reward_timeout)
         self._events = EventLoop()
         self._failure_reported = False
         self._without_signal = 0
@@ -250,9 +248,7 @@ class OnlineTrainer(Run):
         row.update(phases.row({"sampling": int(experience.action.sum()), "forward": learned, "backward": learned}))
         return row, StepDetail(groups, experience.trajectories, scores, experience, streams, failures)
 
-    def _gather(
-        self, phases: Phases
-    ) -> tuple[list[Group], list[Score], np.ndarray | None, Counter[tuple[str, str]]]:
+    def _gather(self, phases: Phases) -> tuple[list[Group], list[Score], np.ndarray | None, Counter[tuple[str, str]]]:
         """Sample and score the groups of a step; replace those that teach nothing, as far as the settings allow.
 
         What is drawn depends on the seed, the step and the round alone, so that nothing is queued between steps and a
@@ -283,7 +279,7 @@ class OnlineTrainer(Run):
             with phases("sampling"):
                 new = self.sample([self.tasks[i] for i in chosen], seed=seed)
             trajectories = [t for group in new for t in group.trajectories]
-            self._report_failures(trajectories)
+            self._report_failures([t for group in [*groups, *new] for t in group.trajectories])
             with phases("scoring"):
                 progress = Progress(self.step, self.total)
                 made, failed = self._scorer(trajectories, progress, where=f"step {self.step + 1}")
@@ -323,16 +319,11 @@ class OnlineTrainer(Run):
             self._without_signal = 0
             return
         self._without_signal += 1
-        rewards = experience.rewards[experience.kept]
-        seen = f"all rewards of the last step are {rewards[0]:g}" if len(set(rewards.tolist())) == 1 else (
-            "within each group all rewards are equal" if len(rewards) else "no trajectory was kept"
-        )
-        advice = (
-            "where they are all high, the task is solved: stop, or take harder tasks; else take easier tasks, a reward "
-            "with partial credit, a larger group_size or a higher temperature"
-        )
+        seen, advice = _no_signal(experience)
         if self._without_signal == limit:
-            self.warn(f"stopped: no group had any variance for {limit} steps ({seen}), so nothing was learned; {advice}")
+            self.warn(
+                f"stopped: no group had any variance for {limit} steps ({seen}), so nothing was learned; {advice}"
+            )
             self.stop("no_signal")
         elif self._without_signal == max(1, limit // 2):
             self.warn(
@@ -381,6 +372,18 @@ class OnlineTrainer(Run):
         restore_generators(state["generators"])
         self._without_signal = int(state["without_signal"])
         self._sync(Phases())
+
+
+def _no_signal(experience: Experience) -> tuple[str, str]:
+    """What the rewards of a step without any difference look like, and what to do about it."""
+    values = {s.value for s in experience.scores if s.valid}
+    if not values:
+        return "no trajectory had a valid score", "see reward/failed and trajectories/failed in the metrics"
+    seen = f"all rewards of the last step are {min(values):g}" if len(values) == 1 else "within groups they are equal"
+    return seen, (
+        "where they are all high, the task is solved: stop, or take harder tasks; else take easier tasks, a reward with "
+        "partial credit, a larger group_size or a higher temperature"
+    )
 
 
 def _initial(policy: Policy) -> Policy:

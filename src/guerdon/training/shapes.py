@@ -139,9 +139,9 @@ def as_shape(value: Any) -> Shape | None:
     if value is None:
         return None
     if isinstance(value, list | tuple):
-        made = [s for s in map(as_shape, value) if s is not None]
-        return Chain(made) if len(made) != 1 else made[0]
-    made = build("shape", value)
+        several = [s for s in map(as_shape, value) if s is not None]
+        return Chain(several) if len(several) != 1 else several[0]
+    made: Any = build("shape", value)
     if isinstance(made, Part):
         made = ShapeFunction(made)
     if not callable(made):

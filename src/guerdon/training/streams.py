@@ -127,8 +127,8 @@ class Experience:
                 starts.append(start)
                 stops.append(stop)
                 values.append(float(value))
-        ints = (np.asarray(x, dtype=np.int64) for x in (owners, numbers, starts, stops))
-        return StepTable(*ints, np.asarray(values, dtype=np.float64))
+        owner, number, start_S, stop_S = (np.asarray(x, dtype=np.int64) for x in (owners, numbers, starts, stops))
+        return StepTable(owner, number, start_S, stop_S, np.asarray(values, dtype=np.float64))
 
     def token_rewards(self) -> np.ndarray:
         """[N] float64, the token values of all kept trajectories; 0 on other tokens.
@@ -170,7 +170,9 @@ class StepTable:
         """[n] float64: each step's value on every token of it, 0 elsewhere."""
         out = np.zeros(n)
         lengths = self.stop - self.start
-        index = np.repeat(self.start, lengths) + np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        index = (
+            np.repeat(self.start, lengths) + np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        )
         out[index] = np.repeat(values, lengths)
         return out
 
@@ -350,9 +352,7 @@ def ppo_streams(experience: Experience, config: OnlineConfig) -> Streams:
     return critic_streams(experience, rewards, config, config.gamma, config.lam)
 
 
-def critic_streams(
-    experience: Experience, rewards: Tensor, config: OnlineConfig, gamma: float, lam: float
-) -> Streams:
+def critic_streams(experience: Experience, rewards: Tensor, config: OnlineConfig, gamma: float, lam: float) -> Streams:
     """Streams of generalised advantage estimates over given rewards.
 
     Args:

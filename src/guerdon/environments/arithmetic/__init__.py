@@ -20,6 +20,7 @@ from typing import Any
 _HOME = {
     "Chain": "chains",
     "ChainCorrect": "oracle",
+    "Habits": "habits",
     "LINES": "checker",
     "Line": "checker",
     "MARKERS": "chains",
@@ -32,8 +33,10 @@ _HOME = {
     "Style": "scripted",
     "check": "checker",
     "final_answer": "checker",
+    "first_slip": "habits",
     "make_tasks": "chains",
     "scripts": "scripted",
+    "step_labels": "oracle",
     "words": "chains",
     "write": "scripted",
 }

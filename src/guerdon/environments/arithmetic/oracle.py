@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guerdon.environments.arithmetic.checker import LINES, Report, check
+from guerdon.errors import DataError
 from guerdon.rewards.base import OnError, Reward
 from guerdon.rollout.protocol import Episode, Observation
 from guerdon.types import Message, Score, Task, Trajectory, Usage, policy_text
 
-__all__ = ["ChainCorrect", "Solve", "StepOracle"]
+__all__ = ["ChainCorrect", "Solve", "StepOracle", "step_labels"]
 
 
 class Solve:
@@ -37,6 +38,24 @@ class _Episode:
 
     def result(self) -> tuple[Usage, Mapping[str, Any]]:
         return Usage(), {}
+
+
+def step_labels(trajectory: Trajectory) -> tuple[bool, ...]:
+    """The gold label of each step that :data:`LINES` cuts a trajectory into; a bare end token is a wrong step.
+
+    Raises:
+        DataError: a token reaches over a whole line, so that there are fewer steps than lines.
+    """
+    labels = check(trajectory.task, policy_text(trajectory)).labels
+    spans = LINES.spans(trajectory)
+    if not labels and len(spans) == 1:
+        return (False,)
+    if len(spans) != len(labels):
+        raise DataError(
+            f"task {trajectory.task.id!r} has {len(labels)} lines but {len(spans)} spans of tokens; a token must not "
+            "reach over a whole line"
+        )
+    return labels
 
 
 class ChainCorrect(Reward):

@@ -39,6 +39,7 @@ class Style:
         wrong_lines: so many lines, chosen at random, are wrong besides.
         cancel: chance that a line after an error comes back to the true value (and so is wrong itself).
         lucky: chance that a solution which went wrong states the right answer all the same.
+        slip: chance that the answer is another value than the one worked out.
         skip: chance that a line is left out; its operation is carried out silently, and rightly.
         filler: chance of a filler line behind each line, and of another one behind that.
         markers: chance that a line begins with a marker word.
@@ -52,6 +53,7 @@ class Style:
     wrong_lines: int = 0
     cancel: float = 0.0
     lucky: float = 0.0
+    slip: float = 0.0
     skip: float = 0.0
     filler: float = 0.0
     markers: float = 0.0
@@ -59,7 +61,7 @@ class Style:
     ramble: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("error", "cancel", "lucky", "skip", "filler", "markers"):
+        for name in ("error", "cancel", "lucky", "slip", "skip", "filler", "markers"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.filler == 1:
@@ -117,6 +119,8 @@ def write(task: Task, rng: np.random.Generator, style: Style | str = "right") ->
         value = _other(chain.answer, max(chain.values), rng) if rng.random() < style.error else chain.answer
     if style.steps and value != chain.answer and rng.random() < style.lucky:
         value = chain.answer
+    elif style.steps and rng.random() < style.slip:
+        value = _other(value, max(chain.values), rng)
     if style.answer != "none":
         well_formed = style.answer != "malformed"
         lines.append((_answer(task, value, rng, style), well_formed and value == chain.answer))

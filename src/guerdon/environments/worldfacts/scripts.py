@@ -1,11 +1,11 @@
 """Scripted rollouts for the supervised warm start: the right form, an arbitrary choice.
 
-The script asks a uniformly random member each time and stops after a random number of calls, so the
-warm start teaches the protocol and nothing about whom to ask or when to stop. The thought before a
-call names the skill that the question needs, as any language model would know it, and then a skill (and the
-price) of the member that is about to be asked: the needed one where that member happens to have it, else any. So
-"what is needed" and "who has this skill" are learnable from the scripts, while most of the members that are asked
-lack the skill; that one should ask those who have it is left for reinforcement learning to find out.
+The script asks a uniformly random member each time and tosses a coin after each call whether to stop, so the warm
+start teaches the protocol and nothing about whom to ask or when to stop. The thought before a call names the skills
+that the question still needs, as any language model would know them, and then one skill (and the price) of the member
+that is about to be asked, drawn without regard to the need. "What is needed" and "who has this skill" are learnable
+from the scripts; that the two should agree, whom to prefer among several that know it, and that one call per need is
+enough are left for reinforcement learning to find out.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def scripted_rollout(
     wrap: Callable[[str], str],
     max_calls: int = 3,
     min_calls: int = 1,
+    stop: float = 0.5,
     guesses: Sequence[str] = ("unknown",),
     prices: bool = True,
 ) -> list[Segment]:
@@ -72,9 +73,10 @@ def scripted_rollout(
         task: from :func:`~guerdon.environments.worldfacts.questions.make_tasks`.
         pool: members on offer.
         ask: ``ask(name, query)`` returns a member's reply.
-        rng: chooses members, thoughts, guesses and the number of calls (uniform in ``min_calls`` .. ``max_calls``).
+        rng: chooses members, thoughts, guesses and the number of calls.
         wrap: turns a reply into the observation that the environment would show.
         max_calls, min_calls: most and least calls.
+        stop: probability to stop after each call between the two, whatever the question.
         guesses: one of them is the answer where no reply holds any.
         prices: the prompt shows prices, and a compact thought names the member's.
 
@@ -82,28 +84,33 @@ def scripted_rollout(
         Segments; policy segments together are valid under the format reward.
 
     Raises:
-        ConfigError: an empty pool, no guess, or not 0 <= ``min_calls`` <= ``max_calls``.
+        ConfigError: an empty pool, no guess, not 0 <= ``min_calls`` <= ``max_calls``, or ``stop`` outside [0, 1].
     """
     if not pool or not guesses:
         raise ConfigError("a scripted rollout needs at least one pool member and one guess")
     if not 0 <= min_calls <= max_calls:
         raise ConfigError(f"min_calls and max_calls must be 0 <= min <= max, got {min_calls} and {max_calls}")
+    if not 0 <= stop <= 1:
+        raise ConfigError(f"stop must be in [0, 1], got {stop}")
     register: Register = task.meta["register"]
     chain = task.meta["chain"]
+    calls = min_calls
+    while calls < max_calls and rng.random() >= stop:
+        calls += 1
     segments: list[Segment] = []
     subject, query, answer = chain[0].subject, "", None
-    for k in range(int(rng.integers(min_calls, max_calls + 1))):
+    for k in range(calls):
         if k < len(chain):
             query = sub_question(chain[k].relation, subject, register)
         member = pool[int(rng.integers(len(pool)))]
-        needed = chain[min(k, len(chain) - 1)].domain
+        needed = [hop.domain for hop in chain[min(k, len(chain) - 1) :]]
         known = member.skill.domains
-        skill = needed if needed in known else known[int(rng.integers(len(known)))]
+        skill = known[int(rng.integers(len(known)))]
         price = f" {member.skill.price:.0f}" if prices else ""
-        compact = f"need {needed} ; try {skill}{price} {member.name}"
-        thought = (
-            compact if register == "compact" else f"This is about {needed}. I try {member.name}, which knows {skill}."
-        )
+        if register == "compact":
+            thought = f"need {' , '.join(needed)} ; try {skill}{price} {member.name}"
+        else:
+            thought = f"This needs {' and then '.join(needed)}. I try {member.name}, which knows {skill}."
         segments.append(Segment("policy", f"<think> {thought} </think><search> {member.name} : {query} </search>"))
         reply = ask(member.name, query)
         segments.append(Segment("environment", wrap(reply)))

@@ -118,7 +118,9 @@ class PerChannel(Rule):
         eps: float = 1e-6,
     ) -> None:
         if not isinstance(weights, Mapping) or not weights:
-            raise ConfigError("per_channel: weights must map names of parts to numbers, for example {correct: 1, format: 0.2}")
+            raise ConfigError(
+                "per_channel: weights must map names of parts to numbers, for example {correct: 1, format: 0.2}"
+            )
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
                 raise ConfigError(f"per_channel: the weight of {name!r} must be a finite number, got {weight!r}")

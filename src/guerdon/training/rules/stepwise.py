@@ -73,7 +73,11 @@ class StepLeaveOneOut(Rule):
             values[last] += experience.rewards[table.trajectory[last]]
         grid, rewards_BK = _grid(experience, table, values)
         advantage = step_leave_one_out(
-            rewards_BK, grid.mask, torch.from_numpy(experience.group), torch.from_numpy(experience.kept), gamma=self.gamma
+            rewards_BK,
+            grid.mask,
+            torch.from_numpy(experience.group),
+            torch.from_numpy(experience.kept),
+            gamma=self.gamma,
         )
         return _spread(experience, table, grid, advantage)
 
@@ -158,7 +162,9 @@ class ReinforcePlusPlus(Rule):
         if self.baseline == "group":
             kept = np.flatnonzero(experience.kept)
             mean = group_statistics(
-                torch.from_numpy(experience.rewards), torch.from_numpy(experience.group), torch.from_numpy(experience.kept)
+                torch.from_numpy(experience.rewards),
+                torch.from_numpy(experience.group),
+                torch.from_numpy(experience.kept),
             ).mean
             rewards[torch.from_numpy(experience.last_action[kept])] -= mean[torch.from_numpy(kept)]
         index = np.flatnonzero(experience.action)
