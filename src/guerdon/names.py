@@ -52,6 +52,7 @@ SHAPE: dict[str, str] = {
     "overlong": "guerdon.training.shapes:Overlong",
     "par": "guerdon.shaping:par",
     "quantile_rescale": "guerdon.shaping:quantile_rescale",
+    "shaped": "guerdon.shaping:shaped",
 }
 
 CREDIT: dict[str, str] = {

@@ -13,6 +13,7 @@ from guerdon.errors import CheckpointError, ConfigError, DataError, RewardError,
 from guerdon.policies import tiny_policy, train_bpe
 from guerdon.reward_models import (
     BradleyTerry,
+    EncoderFeatures,
     FeatureTrunk,
     GruTrunk,
     PolicyTrunk,
@@ -319,6 +320,26 @@ def test_text_is_read_where_the_ids_are_another_tokenizers(policy):
     model = BradleyTerry(PolicyTrunk(policy, by="text"))
     foreign = Trajectory(Task("t", "say"), (Turn("policy", " good", (10**6,)),), StopReason.EOS, prompt_ids=(7,))
     np.testing.assert_allclose(model.score([foreign]), model.score([("say", " good")]))
+
+
+class Letters:
+    """Stands in for a sentence encoder: counts of a and b."""
+
+    def encode(self, texts):
+        return np.array([[t.count("a"), t.count("b")] for t in texts], dtype=np.float32)
+
+
+def test_a_frozen_encoder_serves_as_trunk():
+    features = EncoderFeatures(Letters(), width=2)
+    model = BradleyTerry(FeatureTrunk(features, features.inputs, hidden=()))
+    pairs = [(("p", "aa"), ("p", "bb")), (("pa", "a"), ("pa", "b"))]
+    model.fit(pairs, epochs=40, lr=0.1)
+    item = Trajectory(Task("t", "pa"), (Turn("policy", "aab"),), StopReason.DONE)
+    assert features([item, ("x", "b")]).tolist() == [[1, 0, 2, 1], [0, 0, 0, 1]]
+    assert model.accuracy(pairs) == 1.0 and model.score([item]) > model.score([("pa", "b")])
+    for bad in (("p", " "), ("p", 3)):
+        with pytest.raises(DataError):
+            model.score([bad])
 
 
 # As a reward, and on disk ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from guerdon.credit import (
 from guerdon.errors import ConfigError, RewardError
 from guerdon.training import MinFormCredit, OnlineConfig, SumCredit
 from guerdon.training.streams import collect
-from guerdon.types import Group, Score, Span, StopReason, Task, Trajectory, Turn
+from guerdon.types import Group, Score, Span, StopReason, Task, Trajectory, Turn, response_ids
 
 NAN = math.nan
 F = torch.float64
@@ -435,7 +435,7 @@ def test_the_exact_gradient_feeds_filler_under_the_sum_and_not_under_the_minimum
     "rule", [MinFormCredit(outcome="verified"), MinFormCredit("strict", separators=False), SumCredit(0.9)]
 )
 def test_rules_train_and_resume_exactly(tmp_path, rule) -> None:
-    from guerdon.environments.arithmetic import LINES, ChainCorrect, Solve, Spec, StepOracle, make_tasks, words
+    from guerdon.environments.arithmetic import LINES, ChainCorrect, Solve, Spec, make_tasks, words
     from guerdon.policies import tiny_policy, train_bpe
     from guerdon.reward_models import StepReward
     from guerdon.rollout import TransformersEngine
@@ -446,18 +446,21 @@ def test_rules_train_and_resume_exactly(tmp_path, rule) -> None:
     tasks = make_tasks(6, spec=spec)
     tokenizer = train_bpe(("0",), 512, atoms=(), words=words(spec))
 
-    class Gold:
+    class Parity:
         segmenter = LINES
 
         def step_scores(self, trajectories, segmenter=None):
-            return [torch.tensor(s.steps) for s in StepOracle(wrong=-1.0)(trajectories)]
+            return [
+                torch.tensor([sum(response_ids(t)[s.start : s.stop]) % 5 / 5 - 0.5 for s in LINES.spans(t)])
+                for t in trajectories
+            ]
 
     def run(out, steps=None):
         policy = tiny_policy(tokenizer, hidden=16, layers=1, heads=2, max_context=64)
         config = OnlineConfig(
             steps=3, prompts_per_step=2, group_size=3, max_tokens=10, optimiser={"lr": 1e-2}, save_every=1
         )
-        reward = StepReward(Gold(), verifier=ChainCorrect(), answered=lambda task: task.id != tasks[0].id)
+        reward = StepReward(Parity(), verifier=ChainCorrect(), answered=lambda task: task.id != tasks[0].id)
         trainer = OnlineTrainer(
             policy, TransformersEngine(policy), Solve(), tasks, reward, config, credit=rule, reference=None, out=out
         )

@@ -111,7 +111,11 @@ def test_the_guarded_product_by_hand() -> None:
 
 def test_sari() -> None:
     # the example that the metric's common implementations print
-    kept = "About 95 species are currently known .", "About 95 species are now accepted .", "95 species are now accepted ."
+    kept = (
+        "About 95 species are currently known .",
+        "About 95 species are now accepted .",
+        "95 species are now accepted .",
+    )
     published = sari_sentence("About 95 species are currently accepted .", "About 95 you now get in .", kept)
     assert published == pytest.approx(26.953601953601954)
     source, reference = "about 95 species are currently accepted", "about 95 species are now accepted"

@@ -70,6 +70,8 @@ def rules() -> dict[str, dict]:
 
 
 RULES = rules()
+GENERAL = ("outcome", "stepwise", "critic")
+"""Modules of rules that credit every response."""
 
 
 class Recorded(Reward):
@@ -174,19 +176,20 @@ def test_every_legal_combination_learns_for_two_steps(name: str, weights) -> Non
         experience, streams = credited(config, list(recorded()), granularity, learner)
         action = torch.from_numpy(experience.action)
         assert streams.advantage.shape == action.shape and torch.isfinite(streams.advantage).all()
-        assert streams.advantage[action].any()
+        # A rule that credits a part of the response only (a segment, a forced answer) may find nothing here.
+        silent = not streams.advantage[action].any()
+        assert not silent or type(build("credit", rule)).__module__.rsplit(".", 1)[1] not in GENERAL
         for stream in (streams.policy, streams.entropy, streams.kl):
             assert not stream[~action].any()
         for step in range(2):
             row = learner.update(experience, streams, {}, step=step, total=2, phases=Phases())
-            assert np.isfinite(row["loss"]) and row["update/tokens"] == int(action.sum()), (
-                granularity,
-                shape,
-                objective,
-            )
+            if silent:
+                continue
+            assert np.isfinite(row["loss"]), (granularity, shape, objective)
+            assert row["update/tokens"] == int(streams.policy.ne(0).sum()) > 0, (granularity, shape, objective)
         moved = policy().model.state_dict()
         assert all(torch.isfinite(v).all() for v in moved.values())
-        assert any(not torch.equal(v, before[k]) for k, v in moved.items())
+        assert silent or any(not torch.equal(v, before[k]) for k, v in moved.items())
         policy().model.load_state_dict(before)
     assert tried >= len(SHAPES) * 4
 

@@ -10,8 +10,8 @@ from guerdon import __version__
 from guerdon.cli.common import STATE
 from guerdon.cli.papers import papers_command, reproduce_command
 from guerdon.cli.route import app as route_app
-from guerdon.cli.serve import keys_app, serve_command
 from guerdon.cli.score import score_command
+from guerdon.cli.serve import keys_app, serve_command
 from guerdon.cli.train import train_command
 
 app = typer.Typer(

@@ -27,7 +27,7 @@ from guerdon.types import Segmenter, Trajectory, policy_text, step_spans
 MAX_TOKENS = 48
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "rollouts": 8, "epochs": 1, "steps": 2, "prompts": 2, "tasks": 20, "test": 10},
-    "cpu": {"examples": 12_000, "sft": 400, "rollouts": 250, "epochs": 8, "steps": 60, "prompts": 12, "tasks": 600, "test": 200},
+    "cpu": {"examples": 12_000, "sft": 400, "rollouts": 250, "epochs": 8, "steps": 50, "prompts": 12, "tasks": 600, "test": 200},
     "gpu": {"examples": 40_000, "sft": 1500, "rollouts": 1000, "epochs": 6, "steps": 200, "prompts": 32, "tasks": 5000, "test": 500},
 }  # fmt: skip
 ARMS = ("SR", "SR+PR", "SR+PR-normed", "SR+Clip", "SR+Delta", "SR+Clip+Delta", "SR+OR")
@@ -123,7 +123,7 @@ def run(scale: str, out: Path, models: tuple[Any, Any, dict[str, float]], arm: s
             "prompts_per_step": size["prompts"],
             "group_size": 8,
             "max_tokens": MAX_TOKENS,
-            "optimiser": {"lr": 3e-4},
+            "optimiser": {"lr": 3e-4, "schedule": "linear"},
             "kl_coef": 0.01,
             "seed": seed,
         }

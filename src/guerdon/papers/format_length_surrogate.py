@@ -1,9 +1,15 @@
 """Surrogate signals from format and length (arXiv 2505.19439): how far does RL get without any answer key?
 
-Testbed: chains of three to five additions and subtractions. The base policy knows how to solve them and seldom does:
-its corpus is a quarter right worked solutions in a box, a quarter without a box, a quarter guesses in a box, and the
-rest rambling into the token limit or malformed boxes. The weak base has the same corpus with wrong lines throughout.
-A worked solution takes about half of the budget of 56 tokens. Run it with ``guerdon reproduce format-length-surrogate``.
+Testbed: chains of four additions and subtractions. The base policy knows how to solve them and seldom does: its corpus
+is a quarter right worked solutions in a box, a quarter without a box, a quarter guesses (half in a box, half in a
+malformed one), and the rest rambling into the token limit or worked solutions in a malformed box. The weak base has the
+same corpus with wrong lines throughout. A worked solution takes half of the budget of 56 tokens.
+Run it with ``guerdon reproduce format-length-surrogate``.
+
+Accuracy is that of sampled responses: the base's greedy response is already a worked one. All arms are held near the
+base by the same KL penalty: no reward here but the key pays for right sums, and without it a policy of a tenth of a
+million parameters forgets them (tried: learning rate 3e-4 with no penalty and with 0.05, chains of unequal length, and
+guesses that are always boxed, which make guessing the better formatted habit).
 """
 
 from __future__ import annotations
@@ -15,17 +21,20 @@ from typing import Any
 
 import numpy as np
 
+from guerdon.environments.arithmetic import Spec, Style, make_tasks
 from guerdon.evaluation import pass_at_k
 from guerdon.papers._arms import column, measure, one_thread, run_arms, train
 from guerdon.papers.evidence import Claim, Result, environment, paired_claim, require_scale, statistic_claim
 from guerdon.papers.recipe import Recipe
 from guerdon.rewards import BoxedFormat, BoxedMatch, HumpLength, LinearLength, Reward, format_length
+from guerdon.training.arithmetic import warm_start
 from guerdon.types import Score, Trajectory
 
 BUDGET = 56
+SPEC = Spec((4, 4), high=10, operand=5)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "early": 1, "prompts": 4, "tasks": 20, "test": 10, "many": 2},
-    "cpu": {"examples": 12_000, "sft": 400, "steps": 60, "early": 15, "prompts": 12, "tasks": 600, "test": 200, "many": 32},
+    "cpu": {"examples": 12_000, "sft": 350, "steps": 40, "early": 10, "prompts": 12, "tasks": 600, "test": 200, "many": 32},
     "gpu": {"examples": 40_000, "sft": 1500, "steps": 120, "early": 15, "prompts": 64, "tasks": 5000, "test": 500, "many": 64},
 }  # fmt: skip
 
@@ -60,20 +69,18 @@ ARMS = ("base", "correctness", "format", "format-length", "polyline", "linear le
 
 def warm(scale: str, out: Path, *, weak: bool) -> Any:
     """The base policy that all arms and seeds start from."""
-    from guerdon.environments.arithmetic import Spec, Style
-    from guerdon.training.arithmetic import warm_start
-
     error = 0.5 if weak else 0.0
     mix = {
         Style(answer="boxed", error=error): 0.25,
         Style(answer="none", error=error): 0.25,
-        Style(steps=False, error=0.6, answer="boxed"): 0.25,
+        Style(steps=False, error=0.6, answer="boxed"): 0.125,
+        Style(steps=False, error=0.6, answer="malformed"): 0.125,
         Style(ramble=20): 0.15,
         Style(answer="malformed", error=error): 0.1,
     }
     size = SIZES[scale]
     return warm_start(
-        mix, spec=Spec((3, 5)), folder=out / "warm", examples=size["examples"], steps=size["sft"], max_tokens=BUDGET
+        mix, spec=SPEC, folder=out / "warm", examples=size["examples"], steps=size["sft"], max_tokens=BUDGET
     )
 
 
@@ -89,34 +96,33 @@ def rate(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
 
 def run(scale: str, out: Path, arm: str, seed: int) -> dict[str, Any]:
     """Train one arm and measure it, early and at the end."""
-    from guerdon.environments.arithmetic import Spec, make_tasks
 
     size = SIZES[scale]
-    spec = Spec((3, 5))
     policy = warm(scale, out, weak=arm.startswith("weak"))
-    tasks, test = make_tasks(size["tasks"], spec=spec, seed=seed), make_tasks(size["test"], "test", spec=spec, seed=0)
+    tasks, test = make_tasks(size["tasks"], spec=SPEC, seed=seed), make_tasks(size["test"], "test", spec=SPEC, seed=0)
     settings = {
         "steps": size["steps"],
         "prompts_per_step": size["prompts"],
         "group_size": 8,
         "max_tokens": BUDGET,
-        "optimiser": {"lr": 3e-4},
+        "optimiser": {"lr": 2e-4, "schedule": "linear"},
+        "kl_coef": 0.1,
         "seed": seed,
     }
-    greedy = partial(measure, policy, test, rate, samples=1, max_tokens=BUDGET, seed=seed, temperature=0.0)
+    held_out = partial(measure, policy, test, rate, max_tokens=BUDGET, seed=seed)
     row: dict[str, Any] = {"early": {}}
     if not arm.endswith("base"):
         early: dict[str, Any] = {}
 
         def peek(trainer: Any) -> dict[str, float]:
             if trainer.step == size["early"]:
-                early.update(greedy())
+                early.update(held_out(samples=4))
             return {}
 
         train(policy, tasks, reward_of(arm, seed), settings={**settings, "eval_every": size["early"]}, evaluate=peek)
         row["early"] = early
-    row["greedy"] = greedy()
-    row["sampled"] = measure(policy, test, rate, samples=2, max_tokens=BUDGET, seed=seed)
+    row["greedy"] = held_out(samples=1, temperature=0.0)
+    row["sampled"] = held_out(samples=4)
     few = test[: max(4, len(test) // 5)]
     many = measure(policy, few, rate, samples=size["many"], max_tokens=BUDGET, seed=seed)
     row["pass"] = [pass_at_k(size["many"], round(p * size["many"]), size["many"] // 2) for p in many["right"]]
@@ -140,8 +146,8 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
 
 
 def judge(results: Mapping[tuple[str, int], Any], seeds: Sequence[int], *, asserted: bool) -> list[Claim]:
-    """The claims; accuracy is greedy, on the same held-out tasks for every arm."""
-    acc = {arm: column(results, arm, seeds, "greedy", "right") for arm in ARMS}
+    """The claims; accuracy is that of sampled responses to the same held-out tasks for every arm."""
+    acc = {arm: column(results, arm, seeds, "sampled", "right") for arm in ARMS}
     early = {a: column(results, a, seeds, "early", "right") for a in ("correctness", "format")}
     cut = {a: column(results, a, seeds, "sampled", "truncated") for a in ("linear length", "format-length")}
     solved = {a: column(results, a, seeds, "pass") for a in ("correctness", "format", "format-length")}
@@ -157,7 +163,9 @@ def judge(results: Mapping[tuple[str, int], Any], seeds: Sequence[int], *, asser
     ]  # fmt: skip
 
 
-NOTES = "accuracy is greedy on held-out chains; pass@k is estimated from 2k samples of a fifth of them"
+NOTES = (
+    "accuracy is of four samples of each held-out chain; pass@k is estimated from 2k samples of a fifth of them, k = 16"
+)
 
 PAPER = {
     "average of AIME2024, MATH500, AMC2023, Qwen2.5-Math-7B: base, correctness, format, format-length": [36.6, 53.0, 51.6, 56.8],

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "smoke": {"scripts": 200, "sft": 20, "prompts": 20, "test": 12, "group": 4, "hidden": 32},
-    "cpu": {"scripts": 8000, "sft": 700, "prompts": 700, "test": 300, "group": 8, "hidden": 64},
+    "cpu": {"scripts": 8000, "sft": 600, "prompts": 500, "test": 250, "group": 8, "hidden": 64},
     "gpu": {"scripts": 20_000, "sft": 2500, "prompts": 4000, "test": 1000, "group": 8, "hidden": 256},
 }
 """Scripts and steps of the warm start; prompts of training and test, solutions of each; width of the policy."""

@@ -1,6 +1,6 @@
 """Noisy rewards and the reasoning pattern reward (arXiv 2505.22653): how wrong may a reward be, and what needs no key?
 
-Testbed: chains of three to five additions and subtractions, answered in a box. The base policy can reason and seldom
+Testbed: chains of four additions and subtractions, answered in a box. The base policy can reason and seldom
 does: in 85% of its corpus it guesses at once (wrong six times in ten), in 15% it works step by step, rightly, with marker
 words ("first, ", "therefore "). The weak base has only the guesses. The noisy reward model is a logistic regression on
 character n-grams of few graded solutions. Run it with ``guerdon reproduce noisy-rewards-rpr``.
@@ -25,10 +25,10 @@ from guerdon.training.arithmetic import solve, warm_start
 from guerdon.types import Score, Trajectory, policy_text
 
 MAX_TOKENS = 56
-SPEC = Spec((3, 5), high=10, operand=5)
+SPEC = Spec((4, 4), high=10, operand=5)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "prompts": 2, "tasks": 20, "test": 10, "graded": 10},
-    "cpu": {"examples": 12_000, "sft": 400, "steps": 60, "prompts": 12, "tasks": 600, "test": 200, "graded": 60},
+    "cpu": {"examples": 12_000, "sft": 350, "steps": 40, "prompts": 12, "tasks": 600, "test": 200, "graded": 60},
     "gpu": {"examples": 40_000, "sft": 1500, "steps": 150, "prompts": 64, "tasks": 5000, "test": 500, "graded": 60},
 }
 ARMS = ("base", "p = 0", "p = 0.2", "p = 0.4", "p = 0.5", "p = 0.4, pattern reward for wrong", "pattern reward alone",
@@ -144,8 +144,8 @@ def run(scale: str, out: Path, model: NgramModel, arm: str, seed: int) -> dict[s
             "prompts_per_step": size["prompts"],
             "group_size": 8,
             "max_tokens": MAX_TOKENS,
-            "optimiser": {"lr": 3e-4},
-            "kl_coef": 0.02,
+            "optimiser": {"lr": 2e-4, "schedule": "linear"},
+            "kl_coef": 0.05,
             "seed": seed,
             "eval_every": every,
         }

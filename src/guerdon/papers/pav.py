@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def sampled_gradient(
     for t in range(actions.shape[2]):
         state, action = before[:, :, t], actions[:, :, t]
         weight = (relative + progress[problem, t, state, action]) / batch
-        np.add.at(gradient, (problem, t, state, action), weight)
-        np.add.at(gradient, (problem, t, state), -weight[..., None] * policy[problem, t, state])
+        np.add.at(gradient[:, t], (problem, state, action), weight)
+        np.add.at(gradient[:, t], (problem, state), -weight[..., None] * policy[problem, t, state])
     return gradient
 
 
@@ -224,8 +225,8 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
         base_policy(scale, out)
         prepared = timer()
         for seed in seeds:
-            exact.append(kept(out / f"tabular-{seed}.json", lambda s=seed: tabular(scale, s)))
-            learned.append(kept(out / f"search-{seed}.json", lambda s=seed: searches(scale, out, s)))
+            exact.append(kept(out / f"tabular-{seed}.json", partial(tabular, scale, seed)))
+            learned.append(kept(out / f"search-{seed}.json", partial(searches, scale, out, seed)))
             print(
                 f"seed {seed}: {exact[-1]['seconds']:.0f} s and {learned[-1]['seconds']:.0f} s",
                 file=sys.stderr,

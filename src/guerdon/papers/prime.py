@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "smoke": {"scripts": 200, "sft": 20, "steps": 4, "prompts": 4, "every": 2, "test": 10, "hidden": 32, "low": 0},
-    "cpu": {"scripts": 8000, "sft": 600, "steps": 50, "prompts": 24, "every": 10, "test": 200, "hidden": 64, "low": 20},
+    "cpu": {"scripts": 8000, "sft": 600, "steps": 40, "prompts": 20, "every": 10, "test": 120, "hidden": 64, "low": 20},
     "gpu": {
         "scripts": 20_000,
         "sft": 2000,
@@ -44,9 +44,9 @@ SIZES: Mapping[str, Mapping[str, int]] = {
 end of the accuracy band in per cent (its upper end lies as far from 100)."""
 ARMS = ("outcome", "online", "frozen")
 GROUP = 4
-LR = 1e-3
+LR = 4e-4
 """Of the policy, the same in every arm."""
-REWARD: Mapping[str, float] = {"beta": 0.5, "lr": 1e-3}
+REWARD: Mapping[str, Any] = {"beta": 0.5, "lr": 4e-4, "minibatch_size": 32}
 
 
 def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:

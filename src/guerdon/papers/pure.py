@@ -214,7 +214,7 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     """
     scale, out = require_scale(scale), Path(out)
     with one_thread():
-        tables = [kept(out / f"exact-{seed}.json", lambda s=seed: exact(scale, s)) for seed in seeds]
+        tables = [kept(out / f"exact-{seed}.json", partial(exact, scale, seed)) for seed in seeds]
         print(f"exact part: {sum(t['seconds'] for t in tables):.0f} s", file=sys.stderr, flush=True)
         timer = Timer()
         model = process_model(scale, out)

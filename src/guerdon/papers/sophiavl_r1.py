@@ -34,7 +34,7 @@ SPEC = Spec((2, 2), high=12, operand=6, choices=4)
 OPEN = replace(SPEC, choices=0)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "prompts": 2, "tasks": 20, "test": 10},
-    "cpu": {"examples": 12_000, "sft": 400, "steps": 60, "prompts": 16, "tasks": 600, "test": 200},
+    "cpu": {"examples": 12_000, "sft": 400, "steps": 50, "prompts": 16, "tasks": 600, "test": 200},
     "gpu": {"examples": 40_000, "sft": 1500, "steps": 200, "prompts": 32, "tasks": 1500, "test": 500},
 }
 ARMS = ("outcome", "plain sum", "annealing", "trust", "full")
@@ -146,7 +146,7 @@ def run(scale: str, out: Path, arm: str, seed: int) -> dict[str, Any]:
             "prompts_per_step": size["prompts"],
             "group_size": 8,
             "max_tokens": MAX_TOKENS,
-            "optimiser": {"lr": 3e-4},
+            "optimiser": {"lr": 3e-4, "schedule": "linear"},
             "kl_coef": 0.01,
             "seed": seed,
         }

@@ -100,7 +100,7 @@ def tilt(world: World, utility: np.ndarray, kl: float) -> np.ndarray:
     low, high = -8.0, 8.0
     centred = utility - utility.max(1, keepdims=True)
     policy = world.base
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         logits = np.log(world.base) + centred * np.exp(middle)
         policy = np.exp(logits - logits.max(1, keepdims=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 _HOME: dict[str, str] = {
     "BradleyTerry": "bradley_terry",
+    "EncoderFeatures": "trunks",
     "FeatureTrunk": "trunks",
     "FitReport": "implicit",
     "FitSettings": "progress_estimator",

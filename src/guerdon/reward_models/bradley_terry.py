@@ -23,7 +23,7 @@ from guerdon.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from guerdon.reward_models.model_reward import ModelReward
 from guerdon.reward_models.pair_losses import masked_regression_loss, preference_loss
 from guerdon.reward_models.scalar import Preference, ScalarRewardModel
-from guerdon.reward_models.trunks import Item, load_trunk
+from guerdon.reward_models.trunks import Item, batches, load_trunk
 
 __all__ = ["BradleyTerry"]
 
@@ -217,7 +217,8 @@ class BradleyTerry:
                     rows = order[start : start + batch_size]
                     optimiser.zero_grad(set_to_none=True)
                     total = 0.0
-                    for part in _parts(rows, sizes, self.max_tokens):
+                    for chosen in batches([sizes[k] for k in rows], self.max_tokens):
+                        part = [rows[i] for i in chosen]
                         piece = loss(part) * (len(part) / len(rows))
                         total += float(piece.detach())
                         piece.backward()
@@ -358,15 +359,3 @@ class BradleyTerry:
 
 
 _SETTINGS = ("kind", "ties", "smoothing", "regularisation", "output", "max_tokens", "mean", "std")
-
-
-def _parts(rows: list[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut a step's rows into pieces of at most ``max_tokens`` positions, padding included."""
-    out: list[list[int]] = []
-    width = 0
-    for k in sorted(rows, key=lambda i: -sizes[i]):
-        if not out or (len(out[-1]) + 1) * width > max_tokens:
-            out.append([])
-            width = sizes[k]
-        out[-1].append(k)
-    return out

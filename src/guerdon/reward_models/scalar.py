@@ -76,6 +76,6 @@ class ScalarRewardModel(nn.Module):
         self.eval()
         out = torch.zeros(len(prepared), self.n_attributes)
         with torch.no_grad():
-            for rows in batches(self.trunk, prepared, max_tokens):
+            for rows in batches([self.trunk.size(p) for p in prepared], max_tokens):
                 out[rows] = self([prepared[k] for k in rows]).float().cpu()
         return out

@@ -80,7 +80,7 @@ def reduce_scores(scores: Tensor, how: Reduce) -> float:
         return math.exp(float(values.log().sum())) if bool((values > 0).all()) else float(values.prod())
     if how == "last":
         return float(values[-1])
-    return float({"min": torch.min, "mean": torch.mean, "sum": torch.sum}[how](values))
+    return float(values.min() if how == "min" else values.mean() if how == "mean" else values.sum())
 
 
 class StepReward(Reward):

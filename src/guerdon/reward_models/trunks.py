@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from guerdon.errors import ConfigError, DataError
 from guerdon.types import Trajectory, response_ids, response_text
 
-__all__ = ["FeatureTrunk", "GruTrunk", "Item", "PolicyTrunk", "Trunk"]
+__all__ = ["EncoderFeatures", "FeatureTrunk", "GruTrunk", "Item", "PolicyTrunk", "Trunk"]
 
 Item = Trajectory | tuple[Any, Any]
 
@@ -264,6 +264,39 @@ class FeatureTrunk(Trunk):
         return {"kind": self.kind, "inputs": self.inputs, "hidden": list(self.hidden)}
 
 
+class EncoderFeatures:
+    """Features of an item from a frozen sentence encoder: the prompt's embedding, then the response's.
+
+    Args:
+        encoder: ``encode(texts) -> [n, width]``, for example :func:`guerdon.policies.load_encoder`'s.
+        width: of its embeddings.
+
+    Use it as ``FeatureTrunk(features, features.inputs)``.
+    """
+
+    def __init__(self, encoder: Any, width: int = 384) -> None:
+        self.encoder, self.inputs = encoder, 2 * width
+
+    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+        """``[B, 2 * width]``.
+
+        Raises:
+            DataError: an item is neither a trajectory nor a pair of texts, or its response is blank.
+        """
+        texts: list[str] = []
+        for item in items:
+            if isinstance(item, Trajectory):
+                pair = ("\n".join(str(m.get("content", "")) for m in item.task.prompt), response_text(item))
+            else:
+                pair = item
+            if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise DataError("an item is a trajectory or a pair of texts (prompt, response)")
+            if not pair[1].strip():
+                raise DataError("a response is blank: there is nothing to embed")
+            texts += pair
+        return np.asarray(self.encoder.encode(texts), dtype=np.float32).reshape(len(items), -1)
+
+
 def load_trunk(folder: Path, meta: dict[str, Any], *, policy: Any = None, features: Any = None) -> Trunk:
     """Read a saved trunk; a GRU needs the ``policy`` whose tokenizer it reads with, features their function.
 
@@ -291,12 +324,11 @@ def load_trunk(folder: Path, meta: dict[str, Any], *, policy: Any = None, featur
     return trunk
 
 
-def batches(trunk: Trunk, prepared: Sequence[Any], max_tokens: int) -> list[list[int]]:
-    """Indices of prepared items in batches of at most ``max_tokens`` positions, padding included, longest first."""
-    sizes = [trunk.size(p) for p in prepared]
+def batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of items of these sizes in batches of at most ``max_tokens`` positions, padding included, longest first."""
     out: list[list[int]] = []
     width = math.inf
-    for k in sorted(range(len(prepared)), key=lambda i: -sizes[i]):
+    for k in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if not out or (len(out[-1]) + 1) * width > max_tokens:
             out.append([])
             width = sizes[k]

@@ -6,7 +6,7 @@ Source: Xu et al. 2025, "Mixed-R1" (arXiv 2505.24164), Bidirectional Max-Average
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from torch import Tensor
 from guerdon.errors import ConfigError, DataError
 from guerdon.rewards.base import OnError
 from guerdon.rewards.referenced import AnswerReward
-
-if TYPE_CHECKING:
-    from guerdon.policies import Policy
 
 __all__ = ["BMAS", "max_average_similarity"]
 
@@ -96,8 +93,8 @@ class BMAS(AnswerReward):
         self.range = (0.0, 1.0) if clip else (-1.0, 1.0)
 
     @classmethod
-    def from_policy(cls, policy: Policy, **settings: Any) -> BMAS:
-        """With a policy's own input embeddings as they are now, and its tokenizer."""
+    def from_policy(cls, policy: Any, **settings: Any) -> BMAS:
+        """With the own input embeddings of a :class:`guerdon.policies.Policy` as they are now, and its tokenizer."""
         special = frozenset(policy.tokenizer.all_special_ids)
         return cls(
             policy.model.get_input_embeddings().weight,

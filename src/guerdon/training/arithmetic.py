@@ -76,8 +76,9 @@ def warm_start(
 
     spec = spec or Spec()
     shares = dict(mix) if isinstance(mix, Mapping) else {mix: 1.0}
+    named = [(s if isinstance(s, Style) else STYLES.get(s, s), share) for s, share in shares.items()]
     settings = {
-        "mix": [[asdict(STYLES[s] if isinstance(s, str) and s in STYLES else s), w] if not isinstance(s, str) or s in STYLES else [s, w] for s, w in shares.items()],
+        "mix": [[asdict(style) if isinstance(style, Style) else style, share] for style, share in named],
         "spec": asdict(spec),
         "tasks": None if tasks is None else [task.id for task in tasks],
         "training": [examples, steps, batch_size, lr, max_tokens, seed],

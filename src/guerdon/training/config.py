@@ -22,7 +22,7 @@ from guerdon.parts import Part, build
 from guerdon.parts import spec as part_spec
 from guerdon.training.presets import CREDIT_OF, TRAITS, Traits, fill
 
-__all__ = ["Config", "EarlyStopConfig", "FilterConfig", "OnlineConfig", "OptimiserConfig", "SftConfig", "load_yaml"]
+__all__ = ["Config", "DistributedConfig", "EarlyStopConfig", "FilterConfig", "OnlineConfig", "OptimiserConfig", "SftConfig", "load_yaml"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -173,6 +173,42 @@ class EarlyStopConfig(Config):
             yield "early_stop needs target or patience"
 
 
+class DistributedConfig(Config):
+    """Where a run's work is done; it changes where, not what, so one file serves one process and many.
+
+    Args:
+        strategy: of the processes that ``torchrun`` or ``accelerate launch`` start. ``"replicate"``: each holds the
+            whole model and takes a share of the trajectories. ``"shard"``: the weights that are trained, their gradients
+            and moments are divided among them (FSDP), and each samples from a whole copy.
+        samplers: Ray actors that sample, each with a copy of the policy; 0 samples in the trainer's process.
+        staleness: updates by which the weights that sample a step may lag behind the ones that learn from it, so that
+            sampling and learning overlap; needs samplers.
+        reward_workers: Ray actors among which a step's trajectories are divided for scoring; 0 scores in the
+            trainer's process.
+        sampler_resources, reward_resources: what each actor reserves, as Ray takes it, for example
+            ``{num_cpus: 2, num_gpus: 1}``.
+        engine: what samples: ``"transformers"``, or ``"vllm"`` (which keeps a copy of its own).
+    """
+
+    strategy: Literal["replicate", "shard"] = "replicate"
+    samplers: Annotated[int, Field(ge=0)] = 0
+    staleness: Annotated[int, Field(ge=0)] = 0
+    reward_workers: Annotated[int, Field(ge=0)] = 0
+    sampler_resources: dict[str, float] = {}
+    reward_resources: dict[str, float] = {}
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    def conflicts(self) -> Iterator[str]:
+        if self.staleness > 0 and self.samplers == 0:
+            yield "staleness has no effect without samplers; set samplers, or remove staleness"
+        if self.sampler_resources and self.samplers == 0:
+            yield "sampler_resources has no effect without samplers; set samplers, or remove it"
+        if self.reward_resources and self.reward_workers == 0:
+            yield "reward_resources has no effect without reward_workers; set reward_workers, or remove it"
+        if self.strategy == "shard" and self.samplers > 0:
+            yield "strategy='shard' samples in the processes that train; remove samplers, or choose 'replicate'"
+
+
 class SftConfig(Config):
     """Supervised fine-tuning on given responses.
 
@@ -292,7 +328,7 @@ class OnlineConfig(Config):
     Run:
         no_signal_steps: with group-relative credit, end the run after so many steps in a row in which no group had any
             variance (a warning comes at half of them); ``None`` never.
-        seed, eval_every, save_every, keep_last, early_stop.
+        seed, eval_every, save_every, keep_last, early_stop, distributed.
     """
 
     algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce++", "ppo"] = "grpo"
@@ -349,6 +385,7 @@ class OnlineConfig(Config):
     save_every: Annotated[int, Field(ge=0)] = 0
     keep_last: Count = 2
     early_stop: EarlyStopConfig | None = None
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def trajectories_per_step(self) -> int:
@@ -358,7 +395,8 @@ class OnlineConfig(Config):
     def free_on_resume(self) -> frozenset[str]:
         # A longer run is the same run so far, unless a schedule depends on the length.
         lengths = {"steps"} if self.optimiser.schedule == "constant" and self.entropy_final is None else set()
-        return super().free_on_resume() | lengths | {"no_signal_steps"}
+        where = {key for key in self.flat() if key.startswith("distributed.")}
+        return super().free_on_resume() | lengths | where | {"no_signal_steps"}
 
     def entropy_at(self, step: int) -> float:
         """Entropy coefficient at ``step`` (from 0)."""

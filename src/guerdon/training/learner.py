@@ -5,7 +5,7 @@ Nothing here knows how trajectories were sampled or scored, nor which algorithm 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from guerdon.training.batching import Microbatch, attention_share, microbatches
 from guerdon.training.config import OnlineConfig
+from guerdon.training.distributed import ALONE, World
 from guerdon.training.losses import Objective, Slice, policy_terms, value_term
 from guerdon.training.optimise import Optimiser, TrainingError, require_finite
 from guerdon.training.recompute import recomputing
@@ -25,6 +26,7 @@ from guerdon.training.weights import restore_policy, write_policy
 
 if TYPE_CHECKING:
     from guerdon.policies import Policy
+    from guerdon.training.sharded import ShardedPolicy
 
 __all__ = ["Learner"]
 
@@ -38,6 +40,7 @@ class Learner:
         critic: the policy itself (its value head shares the trunk), another policy with a value head, or None.
         reference: policy that the KL is measured to, or None.
         objective: in place of the configuration's.
+        world: the processes that share the work.
     """
 
     def __init__(
@@ -48,20 +51,31 @@ class Learner:
         critic: Policy | None = None,
         reference: Policy | None = None,
         objective: Any = None,
+        world: World = ALONE,
     ) -> None:
         self.policy = policy
+        self._world = world
+        self._sharded: ShardedPolicy | None = None
+        if config.distributed.strategy == "shard" and world.size > 1:
+            from guerdon.training.sharded import ShardedPolicy
+
+            self._sharded = ShardedPolicy(policy)
+        trained = policy if self._sharded is None else self._sharded.twin
         self.critic = critic
         self.reference = reference
         self._config = config
         self._shared = critic is policy
         self.objective = Objective.of(config, objective)
         self._attention = attention_share(policy)
-        sets = {"policy": policy.trainable_parameters()}
+        sets = {"policy": trained.trainable_parameters()}
         if self._shared:
-            head = list(policy.value_head.parameters())
+            head = list(trained.value_head.parameters())
             sets = {"policy": [p for p in sets["policy"] if all(p is not h for h in head)], "critic": head}
         elif critic is not None:
             sets["critic"] = critic.trainable_parameters()
+        # Those of sharded weights are added up by the backward pass itself.
+        replicated = [name for name in sets if self._sharded is None or (name == "critic" and not self._shared)]
+        self._replicated = [p for name in replicated for p in sets[name]]
         lr = config.optimiser.critic_lr or config.optimiser.lr
         self.optimiser = Optimiser(sets, config.optimiser, {"critic": lr})
 
@@ -74,13 +88,14 @@ class Learner:
             How far the trainer's log-probabilities are from the sampler's, where they were computed here.
         """
         recomputed = self._config.old_logprobs == "recomputed"
+        needed = recomputed or self.critic is not None or self.reference is not None
         need = experience.credit if self.critic is not None else experience.action
         mismatch: dict[str, float] = {}
         parts: list[Microbatch] = []
         kept = np.flatnonzero(experience.kept)
-        if (recomputed or self.critic is not None or self.reference is not None) and len(kept):
+        if needed and len(kept):
             with phases("batching"):
-                parts = self._microbatches(experience, kept, need)
+                parts = self._microbatches(experience, self._mine(experience, kept), need)
         if recomputed or self._shared:
             logprobs, values = self._forward(self.policy, parts, len(need), phases, values=self._shared)
             action = torch.from_numpy(experience.action)
@@ -101,21 +116,47 @@ class Learner:
         self, policy: Policy, parts: Sequence[Microbatch], n: int, phases: Phases, *, values: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and values of the needed tokens, laid out flat; 0 elsewhere."""
-        from guerdon.policies import token_logprobs
-
         policy.model.eval()
         logprobs_N = torch.zeros(n)
         values_N = torch.zeros(n) if values else None
-        with phases("prepare"):
-            for part in parts:
-                out = token_logprobs(policy, part.batch, temperature=self._config.temperature, values=values)
+        with phases("prepare"), self._world.together():
+            for part in self._passes(policy, parts):
+                out = self._scored(policy, part.batch, temperature=self._config.temperature, values=values)
                 logprobs_N[part.flat] = out.logprobs.float().cpu()
                 if values_N is not None:
                     values_N[part.flat] = out.values.float().cpu()
+        for found in (logprobs_N, values_N):
+            if found is not None and self._world.size > 1:
+                # Each token was computed by one process and is 0 in the others.
+                found.copy_(self._world.add(found.to(policy.device)))
         return logprobs_N, values_N
+
+    def _mine(self, experience: Experience, chosen: np.ndarray) -> np.ndarray:
+        """This process's share of the chosen trajectories."""
+        return self._world.share(chosen, experience.group, np.diff(experience.offsets))
+
+    def _scored(self, policy: Policy, batch: Any, **options: Any) -> Any:
+        """Log-probabilities of a batch under the policy that is trained, or another."""
+        from guerdon.policies import token_logprobs
+
+        if self._sharded is not None and policy is self.policy:
+            return self._sharded(batch, **options)
+        return token_logprobs(policy, batch, **options)
+
+    def _passes(self, policy: Policy, parts: Sequence[Microbatch], *, learning: bool = False) -> Iterator[Microbatch]:
+        """The micro-batches of this process; with sharded weights, then as many idle passes as others need more."""
+        if self._sharded is None or policy is not self.policy:
+            yield from parts
+            return
+        most = self._world.most(len(parts))
+        yield from parts
+        for _ in range(most - len(parts)):
+            self._sharded.idle(learning=learning)
 
     def _microbatches(self, experience: Experience, chosen: np.ndarray, need: np.ndarray) -> list[Microbatch]:
         """Micro-batches of the chosen trajectories, with indices into the step's flat layout."""
+        if not len(chosen):
+            return []
         items = experience.items
         index = np.concatenate([np.arange(experience.offsets[b], experience.offsets[b + 1]) for b in chosen])
         parts = microbatches(
@@ -173,24 +214,31 @@ class Learner:
                     terms = self._weights(experience, streams, chosen, entropy_coef)
                     compute = chosen[experience.kept[chosen] & ~streams.skip[chosen]]
                     need = torch.stack(list(terms.values())).ne(0).any(0).numpy()
-                    parts = self._microbatches(experience, compute, need) if need.any() and len(compute) else []
-                if not parts:
-                    skipped += 1
-                    continue
+                    # Decided on what all processes know, so that all go on or none does.
+                    if not need[np.isin(experience.trajectory, compute)].any():
+                        skipped += 1
+                        continue
+                    parts = self._microbatches(experience, self._mine(experience, compute), need)
                 self.optimiser.zero_grad()
-                with recomputing(self.policy.model, config.gradient_checkpointing):
+                trained = self.policy if self._sharded is None else self._sharded.twin
+                with recomputing(trained.model, config.gradient_checkpointing), self._world.together():
                     differences = [
                         self._backward(part, experience, streams, terms, entropy_coef, sums, where, phases)
-                        for part in parts
+                        for part in self._passes(self.policy, parts, learning=True)
                     ]
                 if not mismatch and steps == 0:
                     # Before the first optimiser step the trainer's weights are the sampler's.
-                    mismatch = _mismatch(torch.cat(differences))
+                    mismatch = _mismatch(self._world.join(torch.cat([torch.zeros(0), *differences])))
+                with phases("exchange"):
+                    self._world.add_gradients(self._replicated)
                 with phases("optimiser"):
                     for name, norm in self.optimiser.step(scale, where=where).items():
                         norms.setdefault(name, []).append(norm)
                 steps += 1
                 tokens += sum(len(part.flat) for part in parts)
+        totals = self._world.add_numbers({**sums, "n/learned": tokens})
+        tokens = int(totals.pop("n/learned"))
+        sums = totals
         row: dict[str, Any] = {key: value / max(steps, 1) for key, value in sums.items() if not key.startswith("n/")}
         counted = max(sums.get("n/tokens", 0.0), 1.0)
         row["clip_fraction"] = sums.get("n/clipped", 0.0) / counted
@@ -259,8 +307,6 @@ class Learner:
         phases: Phases,
     ) -> Tensor:
         """Add one micro-batch's gradient; return trainer minus sampler log-probabilities of its action tokens."""
-        from guerdon.policies import token_logprobs
-
         config = self._config
         device = self.policy.device
         flat = part.flat
@@ -286,7 +332,7 @@ class Learner:
             values=maybe(experience.values),
         )
         with phases("forward"):
-            out = token_logprobs(
+            out = self._scored(
                 self.policy,
                 part.batch,
                 temperature=config.temperature,
@@ -296,7 +342,7 @@ class Learner:
             loss, stats = policy_terms(out.logprobs.float(), out.entropy, cut, config, entropy_coef, self.objective)
             values = out.values
             if self.critic is not None and not self._shared:
-                values = token_logprobs(self.critic, part.batch, values=True).values
+                values = self._scored(self.critic, part.batch, values=True).values
             if cut.value is not None and values is not None:
                 value_loss = value_term(values.float(), cut, config)
                 stats["loss/value"] = value_loss.detach()
@@ -319,16 +365,28 @@ class Learner:
 
     # State ------------------------------------------------------------------------------------------------------------
 
+    def publish(self) -> None:
+        """Bring the policy that samples up to date with the one that learned; every process must call it."""
+        if self._sharded is not None:
+            self._sharded.publish()
+
+    def gather(self) -> None:
+        """Make what :meth:`write` writes whole; every process must call it before one of them writes."""
+        if self._sharded is not None:
+            self._state = self.optimiser.state_dict()
+
     def write(self, folder: Path) -> dict[str, Any]:
         """Weights into ``folder``; returns the optimiser's state."""
         write_policy(self.policy, folder / "policy")
         if self.critic is not None and not self._shared:
             write_policy(self.critic, folder / "critic")
-        return {"optimiser": self.optimiser.state_dict()}
+        return {"optimiser": self.optimiser.state_dict() if self._sharded is None else self._state}
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`write` wrote."""
         restore_policy(self.policy, folder / "policy")
+        if self._sharded is not None:
+            self._sharded.adopt()
         if self.critic is not None and not self._shared:
             restore_policy(self.critic, folder / "critic")
         self.optimiser.load_state_dict(state["optimiser"])

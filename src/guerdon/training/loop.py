@@ -23,6 +23,7 @@ from guerdon.errors import CheckpointError, ConfigError
 from guerdon.training.callbacks import Callback, MetricsWriter
 from guerdon.training.checkpoint import Checkpoint, Checkpoints, load_state, save_state
 from guerdon.training.config import Config
+from guerdon.training.distributed import ALONE, World
 
 __all__ = ["Run", "RunResult", "check_folder"]
 
@@ -54,6 +55,7 @@ class Run(ABC):
         out: run folder; ``None`` keeps nothing on disk.
         callbacks: see :mod:`guerdon.training.callbacks`.
         identity: further facts that must not change between start and resume (for example a digest of the data).
+        world: the processes of the run; callbacks and files are the first one's.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Run(ABC):
         identity: Mapping[str, Any],
         save_every: int,
         keep_last: int,
+        world: World = ALONE,
     ) -> None:
         self.config = config
+        self.world = world
         self.total = total
         self.step = 0
         self.stopping: str | None = None
@@ -94,9 +98,13 @@ class Run(ABC):
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`write` wrote."""
 
+    def before_save(self) -> None:
+        """Called in every process before the first one writes a checkpoint."""
+
     def warn(self, message: str) -> None:
         """Say one line to the user, on stderr."""
-        print(message, file=sys.stderr, flush=True)
+        if self.world.main:
+            print(message, file=sys.stderr, flush=True)
 
     def stop(self, reason: str = "early") -> None:
         """End the run after the present step; a restart with the same folder does not continue it."""
@@ -123,18 +131,15 @@ class Run(ABC):
     def _fit(self, target: int) -> RunResult:
         self._open()
         history: list[dict[str, Any]] = []
-        for callback in self.callbacks:
+        callbacks = self.callbacks if self.world.main else []
+        for callback in callbacks:
             callback.on_start(self)
         try:
             with _interruptible(self.warn) as interrupted:
                 while self.step < target and self.stopping is None and not interrupted.is_set():
                     row, detail = self.train_step()
                     self.step += 1
-                    row = {"step": self.step, **row}
-                    for callback in self.callbacks:
-                        row.update(callback.measure(self, row, detail) or {})
-                    for callback in self.callbacks:
-                        callback.on_step(self, row, detail)
+                    row = self._report({"step": self.step, **row}, detail, interrupted)
                     history.append(row)
                     if self._save_every and self.step % self._save_every == 0:
                         self.save()
@@ -147,15 +152,33 @@ class Run(ABC):
             )
             raise
         finally:
-            for callback in self.callbacks:
+            for callback in callbacks:
                 callback.on_end(self)
         last = self.checkpoints.paths()[-1] if self.checkpoints else None
         return RunResult(self.step, stopped, history, last)
 
+    def _report(self, row: dict[str, Any], detail: Any, interrupted: threading.Event) -> dict[str, Any]:
+        """Let the callbacks see a step; all processes then agree on its row and on whether to go on."""
+
+        def report() -> tuple[dict[str, Any], str | None, bool]:
+            for callback in self.callbacks:
+                row.update(callback.measure(self, row, detail) or {})
+            for callback in self.callbacks:
+                callback.on_step(self, row, detail)
+            return row, self.stopping, interrupted.is_set()
+
+        row, self.stopping, stop = self.world.once(report)
+        if stop:
+            interrupted.set()
+        elif self.world.size > 1:
+            # The first process has not seen the signal yet; it will within the next step.
+            interrupted.clear()
+        return row
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the run folder, so that two processes never write into it; a killed process lets go by itself."""
-        if self.out is None:
+        if self.out is None or not self.world.main:
             yield
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -170,6 +193,13 @@ class Run(ABC):
         """Write a checkpoint of the present step, unless the folder has it already or the run has no folder."""
         if self.checkpoints is None or self._saved_at == self.step:
             return None
+        self.before_save()
+        made = self.world.once(self._save)
+        self._saved_at = self.step
+        return made
+
+    def _save(self) -> Checkpoint:
+        assert self.checkpoints is not None
         for callback in self.callbacks:
             callback.on_checkpoint(self)
 
@@ -180,9 +210,7 @@ class Run(ABC):
                 folder / "state.pt", {"loop": state, "callbacks": states, "step": self.step, "stopping": self.stopping}
             )
 
-        made = self.checkpoints.save(self.step, write, meta={"run": type(self).__name__, "settings": self._identity})
-        self._saved_at = self.step
-        return made
+        return self.checkpoints.save(self.step, write, meta={"run": type(self).__name__, "settings": self._identity})
 
     def _open(self) -> None:
         """Resume from the folder's newest valid checkpoint, once."""
@@ -193,9 +221,9 @@ class Run(ABC):
         if repeated:
             raise ConfigError(f"two callbacks are called {repeated[0]!r}; give one of them another name=")
         if self.out is not None and self.checkpoints is not None:
-            self._claim(self.out)
-            self.checkpoints.clean()
-            found = self.checkpoints.latest()
+            out, checkpoints = self.out, self.checkpoints
+            self.world.once(lambda: (self._claim(out), checkpoints.clean()))
+            found = self.world.once(checkpoints.latest)
             if found is not None:
                 self._resume(found)
             else:

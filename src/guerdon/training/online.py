@@ -23,6 +23,7 @@ from guerdon.rewards.base import Progress
 from guerdon.training.assemble import assemble, check_parts
 from guerdon.training.callbacks import Callback, EarlyStop, Evaluate
 from guerdon.training.config import OnlineConfig
+from guerdon.training.distributed import make_world
 from guerdon.training.data import batch_indices, further_indices, tasks_digest
 from guerdon.training.events import EventLoop
 from guerdon.training.generators import generator_states, restore_generators
@@ -135,6 +136,7 @@ class OnlineTrainer(Run):
         self.shape = parts.shape
         self.credit = parts.credit
         self._settings = config
+        world = make_world(config.distributed)
         self._token_weights = dict(token_weights or {})
         self._rollout_options = dict(rollout_options or {})
         if not parts.needs_reference:
@@ -145,6 +147,7 @@ class OnlineTrainer(Run):
             critic=policy if critic == "shared" else critic,
             reference=_initial(policy) if reference == "initial" else reference,
             objective=parts.objective,
+            world=world,
         )
         self._algorithm = parts.algorithm
         self._compares = "group" in parts.traits.needs
@@ -168,11 +171,16 @@ class OnlineTrainer(Run):
             identity={"tasks": tasks_digest(self.tasks), **parts.identity()},
             save_every=config.save_every,
             keep_last=config.keep_last,
+            world=world,
         )
 
     def close(self) -> None:
-        """Close the event loop on which environments ran. Idempotent."""
+        """Close the event loop on which environments ran, and leave the group of processes. Idempotent."""
         self._events.close()
+        self.world.close()
+
+    def before_save(self) -> None:
+        self.learner.gather()
 
     def run_async(self, coroutine: Any) -> Any:
         """Run a coroutine on the trainer's event loop, the one on which its environments hold connections."""
@@ -277,12 +285,16 @@ class OnlineTrainer(Run):
             key = [config.seed & 0xFFFFFFFF, self.step, *([turn] if turn else [])]
             seed = int(np.random.SeedSequence(key).generate_state(1)[0])
             with phases("sampling"):
-                new = self.sample([self.tasks[i] for i in chosen], seed=seed)
+                new = self.world.each(
+                    [self.tasks[i] for i in chosen], lambda part, seed=seed: self.sample(part, seed=seed)
+                )
             trajectories = [t for group in new for t in group.trajectories]
             self._report_failures([t for group in [*groups, *new] for t in group.trajectories])
             with phases("scoring"):
                 progress = Progress(self.step, self.total)
-                made, failed = self._scorer(trajectories, progress, where=f"step {self.step + 1}")
+                made, failed = self.world.once(
+                    lambda t=trajectories, p=progress: self._scorer(t, p, where=f"step {self.step + 1}")
+                )
             groups += new
             scores += made
             failures += failed
@@ -348,6 +360,7 @@ class OnlineTrainer(Run):
 
     def _sync(self, phases: Phases) -> None:
         """Hand new weights to an engine that keeps its own copy."""
+        self.learner.publish()
         sync = getattr(self.engine, "update_weights", None)
         if sync is not None:
             with phases("sync"):

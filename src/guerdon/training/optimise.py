@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from guerdon.errors import TrainingError
 from guerdon.training.config import OptimiserConfig
+from guerdon.training.sharded import gathered, is_sharded, sharded_like, whole_state
 
 __all__ = ["Optimiser", "TrainingError", "require_finite"]
 
@@ -42,8 +43,9 @@ class Optimiser:
                         {"params": chosen, "peak": peak, "weight_decay": config.weight_decay if decayed else 0.0}
                     )
         devices = {p.device.type for g in groups for p in g["params"]}
+        divided = any(is_sharded(p) for g in groups for p in g["params"])
         self._adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=devices <= {"cpu", "cuda"}
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=devices <= {"cpu", "cuda"} and not divided
         )
 
     def zero_grad(self) -> None:
@@ -66,7 +68,7 @@ class Optimiser:
         norms: dict[str, Tensor] = {}
         for name, parameters in self.sets.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norms[name] = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            norms[name] = gathered(torch.nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
         values = {name: float(norm) for name, norm in norms.items()}
         for name, value in values.items():
             if not value < float("inf"):
@@ -85,12 +87,20 @@ class Optimiser:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and step counts."""
-        return self._adamw.state_dict()
+        """Moments and step counts, whole; where they are divided, all processes must ask for them."""
+        return whole_state(self._adamw.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._adamw.load_state_dict(dict(state))
+        parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        entries = {
+            key: {
+                name: sharded_like(value, parameters[key]) if isinstance(value, Tensor) and value.ndim else value
+                for name, value in entry.items()
+            }
+            for key, entry in state["state"].items()
+        }
+        self._adamw.load_state_dict({**state, "state": entries})
 
 
 def require_finite(values: Tensor, *, where: str, what: str, advice: str = "") -> None:

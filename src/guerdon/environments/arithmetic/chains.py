@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -171,7 +171,7 @@ def make_tasks(n: int, split: Split = "train", *, spec: Spec | None = None, seed
 
 def make_task(chain: Chain, spec: Spec, rng: np.random.Generator) -> Task:
     """The task that asks for a chain; ``rng`` draws the options of a multiple-choice question."""
-    meta = {"chain": chain, "split": split_of(chain), "operations": len(chain), "choices": {}}
+    meta: dict[str, Any] = {"chain": chain, "split": split_of(chain), "operations": len(chain), "choices": {}}
     if not spec.choices:
         return Task(f"chain/{chain}", str(chain), str(chain.answer), meta)
     # Options near the answer, so that they cannot be told apart by their size.

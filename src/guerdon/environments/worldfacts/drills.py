@@ -67,5 +67,5 @@ def lookup_drill(
     lookups: list[tuple[str, str]] = []
     for k in rng.integers(len(entries), size=queries):
         skill, price, name = entries[int(k)]
-        lookups.append((f" try {skill}", f" {price} {name}" if prices else f" {name}"))
+        lookups.append((f" need {skill} ; try", f" {skill} {price} {name}" if prices else f" {skill} {name}"))
     return Drill("\n".join(lines), tuple(lookups))
