@@ -295,6 +295,16 @@ def test_an_answer_that_cannot_be_parsed_is_wrong_and_a_verifier_may_read_the_pr
     assert prover.value("Q") == 0.5 and prover.value("R") == 0.0
 
 
+def test_a_sampler_may_give_one_answer_at_a_time_or_have_a_default_number():
+    answers = iter(["right", "no", "no", "no"])
+    assert MetaProver(lambda context: next(answers), lambda a: a == "right", k=4).value("Q") == 0.25
+
+    def with_default(context, n=1):
+        return ["right"] * n
+
+    assert MetaProver(with_default, lambda a: a == "right", k=3).value("Q") == 1.0
+
+
 def test_progress_of_a_trace_telescopes():
     shares = {"": 1, "x": 3, "xy": 2}
 

@@ -126,6 +126,10 @@ def test_rewards_stand_on_the_last_token_of_their_own_turn():
     ragged = place_on_turn_ends([torch.tensor([0.5, -1.0], dtype=torch.float64), torch.ones(2), torch.ones(0)], MASK)
     assert ragged.dtype == torch.float64 and ragged.shape == MASK.shape
     assert place_on_turn_ends(torch.tensor([7.0, 8.0]), MASK[0]).tolist() == [0, 0, 7, 0, 8, 0, 0]
+    assert place_on_turn_ends([7.0, 8.0], MASK[:1]).tolist() == [[0, 0, 7, 0, 8, 0, 0]]
+    assert place_on_turn_ends([[7.0, 8.0]], MASK[:1]).tolist() == [[0, 0, 7, 0, 8, 0, 0]]
+    assert place_on_turn_ends(torch.tensor([[7.0, 8.0]]), MASK[0]).tolist() == [0, 0, 7, 0, 8, 0, 0]
+    assert place_on_turn_ends([], MASK[2]).tolist() == [0] * 7
 
 
 def test_padded_rewards_may_hold_zeros_and_nan_behind_the_turns_and_nothing_else():

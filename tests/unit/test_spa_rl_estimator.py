@@ -80,6 +80,8 @@ def test_the_prediction_is_the_sum_and_not_the_mean():
 def test_an_untrained_estimator_credits_nobody():
     assert ProgressEstimator(3).contributions(torch.randn(4, 3)).tolist() == [0.0] * 4
     assert ProgressEstimator(POLICY).contributions(agent("a", "b")).tolist() == [0.0, 0.0]
+    assert ProgressEstimator(3).contributions([torch.ones(3)] * 2).shape == (2,), "a list of rows will do"
+    assert ProgressEstimator(3).contributions(np.ones((2, 3))).shape == (2,)
 
 
 def randomised(source, **options) -> ProgressEstimator:

@@ -148,7 +148,7 @@ def place_on_turn_ends(
 
     Args:
         step_rewards: ragged ``[T_i]`` per row; or ``[B, T]`` padded behind a row's turns with 0 or NaN; or ``[T]`` for
-            a mask of one row ``[L]``.
+            a mask of one row.
         action_mask: ``[B, L]`` or ``[L]``.
         turn_index: see :func:`turn_ends`.
 
@@ -158,7 +158,7 @@ def place_on_turn_ends(
     mask = torch.as_tensor(action_mask)
     ends = turn_ends(mask, turn_index)
     single = mask.ndim == 1
-    if single and (isinstance(step_rewards, Tensor) or not _nested(step_rewards)):
+    if len(ends) == 1 and not _nested(step_rewards):
         rows: Sequence[Any] = [step_rewards]
     else:
         rows = list(step_rewards)
@@ -183,4 +183,7 @@ def place_on_turn_ends(
 
 
 def _nested(rows: Any) -> bool:
+    """Whether rewards come row by row."""
+    if isinstance(rows, Tensor):
+        return rows.ndim > 1
     return len(rows) > 0 and not isinstance(rows[0], int | float) and torch.as_tensor(rows[0]).ndim > 0

@@ -24,7 +24,7 @@ from guerdon.papers.recipe import Recipe
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "smoke": {"problems": 3, "updates": 20, "questions": 6, "solutions": 1, "n": 2, "epochs": 1, "sft": 3, "examples": 100, "test": 4},
-    "cpu": {"problems": 40, "updates": 400, "questions": 220, "solutions": 1, "n": 8, "epochs": 3, "sft": 300, "examples": 8000, "test": 200},
+    "cpu": {"problems": 40, "updates": 400, "questions": 160, "solutions": 1, "n": 8, "epochs": 2, "sft": 300, "examples": 8000, "test": 200},
     "gpu": {"problems": 200, "updates": 400, "questions": 2000, "solutions": 4, "n": 8, "epochs": 4, "sft": 2000, "examples": 40_000, "test": 500},
 }  # fmt: skip
 PROVERS = (1, 2, 4, 8, 64, 512)
@@ -128,6 +128,28 @@ def base_policy(scale: str, out: Path) -> Any:
     return warm_start(mix, spec=spec(), folder=out / "warm", examples=size["examples"], steps=size["sft"])
 
 
+def trunk(scale: str, out: Path) -> Any:
+    """What both verifiers begin from: a copy of the policy that was taught to tell right lines from wrong ones.
+
+    A large language model comes with that; one of this size does not learn it from a few thousand outcomes.
+    """
+    import torch
+
+    from guerdon.environments.arithmetic import Style, scripts, step_labels
+    from guerdon.reward_models import StepClassifier
+
+    size, policy = SIZES[scale], base_policy(scale, out)
+    judge_of_lines = StepClassifier.from_policy(policy, layers=2)
+    path = out / "trunk.pt"
+    if path.is_file():
+        judge_of_lines.load_state_dict(torch.load(path, weights_only=True))
+        return judge_of_lines.policy
+    data = scripts(policy, size["examples"], Style(error=0.4), spec=spec(), seed=9)
+    judge_of_lines.fit(data, [step_labels(t) for t in data], lr=LR, epochs=size["epochs"], batch_size=64)
+    torch.save(judge_of_lines.state_dict(), path)
+    return judge_of_lines.policy
+
+
 def sampler(policy: Any) -> Any:
     """Continues prefixes, by whole solutions or by lines."""
     from guerdon.rollout import Sampling, TransformersEngine
@@ -147,7 +169,7 @@ def verifiers(scale: str, out: Path, seed: int) -> tuple[Any, Any, dict[str, flo
     from guerdon.search import PrefixValues, prefixes_of, step_estimates
     from guerdon.training.arithmetic import solve
 
-    size, policy = SIZES[scale], base_policy(scale, out)
+    size, policy, begin = SIZES[scale], base_policy(scale, out), trunk(scale, out)
     tasks = make_tasks(size["questions"], spec=spec(), seed=seed)
     groups = solve(policy, tasks, group_size=size["solutions"], max_tokens=MAX_TOKENS, seed=seed)
     seeds = [t for g in groups for t in g.trajectories]
@@ -156,13 +178,13 @@ def verifiers(scale: str, out: Path, seed: int) -> tuple[Any, Any, dict[str, flo
     prefixes = [p for t in seeds for p in prefixes_of(t, LINES)]
     estimates = [e for row in rows for e in row]
     samples = [t for e in estimates for t in e.samples]
-    options = {"lr": LR, "epochs": size["epochs"], "batch_size": 64, "seed": seed}
+    options = {"lr": LR / 2, "epochs": 2, "batch_size": 64, "seed": seed}
     # What a rollout ends with is an unbiased label of every prefix of it: the start from which soft labels go on.
     ends = [prefixes_of(t, LINES)[-1] for t in samples]
     outcomes = [s.value for s in ChainCorrect()(samples)]
-    outcome = ProcessAdvantageVerifier.from_policy(policy).fit(ends, outcomes, **options)
+    outcome = ProcessAdvantageVerifier.from_policy(begin).fit(ends, outcomes, **options)
     inner = [(p, y) for t, y in zip(samples, outcomes, strict=True) for p in prefixes_of(t, LINES)]
-    values = ProcessAdvantageVerifier.from_policy(policy)
+    values = ProcessAdvantageVerifier.from_policy(begin)
     values.fit([p for p, _ in inner], [y for _, y in inner], **options)
     values.fit(prefixes, [e.value for e in estimates], **{**options, "lr": LR / 4})
     return values, outcome, {"rollouts": float(estimator.rollouts), "base success": float(np.mean(outcomes))}
@@ -222,7 +244,7 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     exact, learned = [], []
     with one_thread():
         timer = Timer()
-        base_policy(scale, out)
+        trunk(scale, out)
         prepared = timer()
         for seed in seeds:
             exact.append(kept(out / f"tabular-{seed}.json", partial(tabular, scale, seed)))
@@ -270,7 +292,8 @@ NOTES = (
     "part A: patterns of 4 out of 8 symbols in sequences of 10, success of the initial policy about 3 %; which K is best "
     "depends on that: at 15 % success progress under any K > 1 slows learning down, at 0.2 % K = 64 is best of those tried. "
     "A table over 40 problems of five sizes was looked at before this size was chosen. Part B is small: one value model "
-    "serves policy and prover (the best of 4)."
+    "serves policy and prover (the best of 4), and both verifiers begin from a trunk that was taught to tell right lines from "
+    "wrong ones: without it both chose worse than chance (0.33 and 0.41 where single samples have 0.53)."
 )
 
 PAPER = {

@@ -3,7 +3,7 @@
 Part A, exact: a softmax policy over four lines (a good step, a bad step, filler, the answer) whose proxy scores every
 right line alike, filler included; policy gradient by enumeration of all responses. Part B, learned: chains of four
 operations, a tiny policy whose corpus has useless lines that are true, and a process reward model trained on gold labels
-of lines up to the first error, which call filler right: that is the hole. All arms share policy, model, prompts and
+of lines, which call filler right: that is the hole. All arms share policy, model, prompts and
 settings, and train on process rewards alone, except one that also verifies the answers of a tenth of the prompts. Run it
 with ``guerdon reproduce pure``.
 """
@@ -25,7 +25,7 @@ from guerdon.types import Trajectory, policy_text
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"policies": 1, "updates": 3, "examples": 200, "sft": 3, "labelled": 100, "epochs": 1, "steps": 2, "prompts": 2, "tasks": 20, "test": 10},
-    "cpu": {"policies": 4, "updates": 150, "examples": 6000, "sft": 300, "labelled": 8000, "epochs": 2, "steps": 24, "prompts": 6, "tasks": 600, "test": 150},
+    "cpu": {"policies": 4, "updates": 150, "examples": 6000, "sft": 300, "labelled": 8000, "epochs": 2, "steps": 30, "prompts": 6, "tasks": 600, "test": 150},
     "gpu": {"policies": 20, "updates": 150, "examples": 40_000, "sft": 2000, "labelled": 40_000, "epochs": 3, "steps": 200, "prompts": 32, "tasks": 5000, "test": 500},
 }  # fmt: skip
 ARMS = ("sum", "sum, gamma 0.9", "min", "strict min", "min + 10 % answers")
@@ -101,7 +101,7 @@ def exact(scale: str, seed: int) -> dict[str, Any]:
 # Part B ----------------------------------------------------------------------------------------------------------------
 
 MAX_TOKENS = 80
-LR = 5e-4
+LR = 3e-4
 
 
 def spec() -> Any:
@@ -121,10 +121,11 @@ def base_policy(scale: str, out: Path) -> Any:
 
 
 def process_model(scale: str, out: Path) -> Any:
-    """A two-class model of lines: labels up to the first error, as annotators give them, on solutions in many styles.
+    """A two-class model of lines, trained on exact labels of solutions in many styles.
 
-    A solution that ends without an answer is wrong in its last line. Labels are exact, so what is left to hack is what
-    the labels themselves allow: filler.
+    A line is judged by itself (an error is the fault of one line), an answer where everything before it is right, and a
+    solution that ends without an answer is wrong in its last line. So what is left to hack is what the labels themselves
+    allow: filler.
     """
     import torch
 
@@ -138,20 +139,21 @@ def process_model(scale: str, out: Path) -> Any:
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     mix = {
-        Style(error=0.25, slip=0.5, filler=0.15): 0.7,
+        Style(error=0.4, filler=0.15): 0.5,
+        Style(slip=0.5, filler=0.15): 0.25,
         Style(skip=0.3, slip=0.6, filler=0.15): 0.1,
         Style(answer="none", filler=0.3): 0.1,
-        Style(answer="none", skip=0.6, filler=0.3): 0.05,
         Style(steps=False, error=0.7): 0.05,
     }
     data = scripts(policy, size["labelled"], mix, spec=spec(), seed=9)
 
     def labels(trajectory: Trajectory) -> list[bool | None]:
-        marks = list(step_labels(trajectory))
+        marks: list[bool | None] = list(step_labels(trajectory))
         if check(trajectory.task, policy_text(trajectory)).answer is None:
             marks[-1] = False
-        wrong = marks.index(False) if False in marks else len(marks)
-        return [mark if k <= wrong else None for k, mark in enumerate(marks)]
+        elif False in marks[:-1]:
+            marks[-1] = None  # an answer to a chain that went wrong is nobody's step
+        return marks
 
     known = [labels(t) for t in data]
     model.fit(data, known, lr=2e-3, epochs=size["epochs"], batch_size=64)

@@ -161,19 +161,19 @@ _BACK, _MATCH, _COPY = 6.0, 18.0, 2.0
 
 @torch.no_grad()
 def _recall(model: Any) -> None:
-    """Overwrite some random weights by a circuit that finds what followed the last two tokens before, and says it.
+    """Overwrite some random weights by a circuit that finds what followed a token before, and says it.
 
     The residual stream has three thirds. The first holds a token's own embedding. Head k of layer 0 looks k + 1
     positions back, through its biases and the fast rotary dimensions alone, and writes what it finds into the
-    following third. Head 0 of layer 1 compares a token and the one before it with the two tokens before each earlier
-    position, in the slow rotary dimensions, which distance hardly turns, and adds the token that stands there to
-    the first third, from which the tied output reads. These are the induction heads of Olsson et al. 2022
-    ("In-context Learning and Induction Heads"), which large models grow early in pretraining; that initial weights
-    with structure spare small models the wait is known from Trockman and Kolter 2023 ("Mimetic Initialization").
+    following third. Head 0 of layer 1 compares a token with the token before each earlier position, in the slow
+    rotary dimensions, which distance hardly turns, and adds the token that stands there to the first third, from
+    which the tied output reads. These are the induction heads of Olsson et al. 2022 ("In-context Learning and
+    Induction Heads"), which large models grow early in pretraining; that initial weights with structure spare small
+    models the wait is known from Trockman and Kolter 2023 ("Mimetic Initialization").
 
     Why the defaults of Llama would not do: with a base of 10,000 and heads of 32 dimensions, rotation by distance
-    leaves ten dimensions in which contents can be compared over a prompt's length; and a final norm of gain 1 over
-    embeddings of length 1 takes hundreds of steps to become sure of any token.
+    leaves some ten dimensions in which contents can be compared over a prompt's length; and a final norm of gain 1
+    over embeddings of length 1 takes hundreds of steps to become sure of any token.
     """
     trunk, config = model.model, model.config
     heads, width = config.num_attention_heads, config.hidden_size // 3
@@ -205,13 +205,11 @@ def _recall(model: Any) -> None:
     scale = (_MATCH * size**0.5 / len(dims)) ** 0.5
     match.q_proj.weight[:size] *= 0.1
     match.k_proj.weight[:size] *= 0.1
-    for third, chosen in enumerate((dims[0::2], dims[1::2])):
-        directions = torch.linalg.qr(torch.randn(width, width))[0][: len(chosen)]
-        for direction, dim in zip(directions, chosen, strict=False):
-            match.q_proj.weight[dim] = 0.0
-            match.k_proj.weight[dim] = 0.0
-            match.q_proj.weight[dim, third * width : (third + 1) * width] = scale * direction
-            match.k_proj.weight[dim, (third + 1) * width : (third + 2) * width] = scale * direction
+    for direction, dim in zip(torch.linalg.qr(torch.randn(width, width))[0], dims, strict=False):
+        match.q_proj.weight[dim] = 0.0
+        match.k_proj.weight[dim] = 0.0
+        match.q_proj.weight[dim, :width] = scale * direction
+        match.k_proj.weight[dim, width : 2 * width] = scale * direction
     match.v_proj.weight[:size] = 0.0
     match.v_proj.weight[:width, :width] = copied
     match.o_proj.weight[:, :size] = 0.0

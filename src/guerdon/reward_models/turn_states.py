@@ -134,7 +134,9 @@ class TurnFeatures(nn.Module):
         """
         _turns_only(segmenter)
         try:
-            features = torch.as_tensor(trajectory, dtype=torch.float32)
+            rows = isinstance(trajectory, list | tuple) and len(trajectory) > 0 and isinstance(trajectory[0], Tensor)
+            features = torch.stack(list(trajectory)) if rows else torch.as_tensor(trajectory)
+            features = features.detach().to(torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"features [T, {self._width_in}] are expected, got {type(trajectory).__name__}") from error
         if features.numel() == 0:

@@ -99,13 +99,13 @@ def router_prompt(
 
 
 def compact_member(member: Member, *, prices: bool = True) -> str:
-    """``- SKILL PRICE NAME , SKILL PRICE NAME``: every skill is followed by what it costs and who has it.
+    """``- PRICE SKILL NAME , PRICE SKILL NAME``: every skill stands between what it costs and who has it.
 
     A tiny policy finds what follows a word far sooner than what stands at the head of the word's line. The price
     is the output price, rounded to whole USD per million tokens.
     """
-    tail = f"{member.output_price:.0f} {member.name}" if prices else member.name
-    return "- " + " , ".join(f"{skill} {tail}" for skill in member.descriptor.split(" , "))
+    head = f"{member.output_price:.0f} " if prices else ""
+    return "- " + " , ".join(f"{head}{skill} {member.name}" for skill in member.descriptor.split(" , "))
 
 
 def compact_prompt(

@@ -194,7 +194,7 @@ class WorldFactsTestbed:
             prompt = env.prompt(task.question, list(self.pool(entries).values()), prices=prices, budget_usd=None)
             prompt_ids = tuple(policy.render([{"role": "user", "content": prompt}]))
             for _ in range(min(per_prompt, n - len(out))):
-                segments = scripted_rollout(task, entries, ask, rng, wrap=protocol.observation, prices=prices)
+                segments = scripted_rollout(task, entries, ask, rng, wrap=protocol.observation)
                 turns = tuple(Turn(s.speaker, s.text, tuple(policy.encode(s.text))) for s in segments)
                 out.append(Trajectory(task, turns, StopReason.DONE, prompt_ids=prompt_ids))
         return out

@@ -63,9 +63,9 @@ class MetaProver:
     everything else makes token ids, for which ``policy`` renders and encodes.
 
     Args:
-        sampler: ``(context, n)`` returning ``n`` answers, or ``(contexts, counts, seeds)`` returning a list for each
-            context, such as :class:`AnswerSampler`. It must keep an answer from thinking on, by stop strings and a
-            token limit.
+        sampler: ``(context, n)`` returning ``n`` answers, ``(context)`` returning one, or ``(contexts, counts, seeds)``
+            returning a list for each context, such as :class:`AnswerSampler`. It must keep an answer from thinking on,
+            by stop strings and a token limit.
         verify: ``(answer)`` or ``(prompt, answer)``: whether the answer is right (a bool or a share in [0, 1]). None,
             for an answer that cannot be parsed, counts as wrong.
         force_suffix: put behind an unfinished prefix.
@@ -168,7 +168,9 @@ class MetaProver:
         return PrefixValues(sampler, self._judge, n=self.k, keep_samples=True, seed=seed, **self._options)
 
     def _single(self, context: _Context, n: int) -> Any:
-        return self.sampler(context.text, n)
+        if _accepts_count(self.sampler):
+            return self.sampler(context.text, n)
+        return [self.sampler(context.text) for _ in range(n)]
 
     def _batch(self, contexts: Sequence[_Context], counts: Sequence[int], seeds: Sequence[int]) -> Any:
         if self.common_random_numbers:
@@ -262,3 +264,13 @@ def _positional(function: Callable[..., Any]) -> int:
         return 1
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+
+def _accepts_count(function: Callable[..., Any]) -> bool:
+    """Whether a callable takes a second positional argument."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return True
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind is p.VAR_POSITIONAL for p in parameters) or sum(p.kind in kinds for p in parameters) >= 2

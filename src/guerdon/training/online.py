@@ -23,8 +23,8 @@ from guerdon.rewards.base import Progress
 from guerdon.training.assemble import assemble, check_parts
 from guerdon.training.callbacks import Callback, EarlyStop, Evaluate
 from guerdon.training.config import OnlineConfig
-from guerdon.training.distributed import make_world
 from guerdon.training.data import batch_indices, further_indices, tasks_digest
+from guerdon.training.distributed import make_world
 from guerdon.training.events import EventLoop
 from guerdon.training.generators import generator_states, restore_generators
 from guerdon.training.groups import informative
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from guerdon.parts import Part
     from guerdon.policies import Policy
     from guerdon.rollout import Engine, Environment
+    from guerdon.training.ahead import Ahead
+    from guerdon.training.ray_workers import RayReward
 
 __all__ = ["OnlineTrainer", "StepDetail"]
 
@@ -128,6 +130,14 @@ class OnlineTrainer(Run):
             token_weights=token_weights,
         )
         config = parts.config
+        self._workers: RayReward | None = None
+        if config.distributed.reward_workers:
+            from guerdon.training.ray_workers import RayReward
+
+            settings = config.distributed
+            reward = self._workers = RayReward(
+                reward, settings.reward_workers, resources=settings.reward_resources
+            )
         self.policy = policy
         self.engine = engine
         self.environment = environment
@@ -152,6 +162,7 @@ class OnlineTrainer(Run):
         self._algorithm = parts.algorithm
         self._compares = "group" in parts.traits.needs
         self._scorer = Scorer(reward, parts.shape, on_error=config.on_reward_error, timeout=config.reward_timeout)
+        self._ahead: Ahead | None = None
         self._events = EventLoop()
         self._failure_reported = False
         self._without_signal = 0
@@ -175,8 +186,13 @@ class OnlineTrainer(Run):
         )
 
     def close(self) -> None:
-        """Close the event loop on which environments ran, and leave the group of processes. Idempotent."""
+        """Close the event loop on which environments ran, end the actors, leave the group of processes. Idempotent."""
         self._events.close()
+        if self._ahead is not None:
+            self._ahead.fleet.close()
+            self._ahead = None
+        if self._workers is not None:
+            self._workers.close()
         self.world.close()
 
     def before_save(self) -> None:
@@ -197,7 +213,24 @@ class OnlineTrainer(Run):
         **options: Any,
     ) -> list[Group]:
         """Sample groups from the present policy, with the run's sampling settings unless arguments say otherwise."""
-        from guerdon.rollout import Sampling, rollout
+        from guerdon.rollout import rollout
+
+        arguments = {**self._rollout_arguments(temperature), **options}
+        # Dropout would make the recorded log-probabilities those of another policy.
+        self.policy.model.eval()
+        return self.run_async(
+            rollout(
+                self.engine,
+                environment or self.environment,
+                tasks,
+                group_size=group_size or self._settings.group_size,
+                seed=seed,
+                **arguments,
+            )
+        )
+
+    def _rollout_arguments(self, temperature: float | None = None) -> dict[str, Any]:
+        from guerdon.rollout import Sampling
 
         config = self._settings
         sampling = Sampling(
@@ -207,26 +240,13 @@ class OnlineTrainer(Run):
             top_k=config.top_k,
             stop=config.stop,
         )
-        arguments: dict[str, Any] = {
+        return {
             "sampling": sampling,
             "max_turns": config.max_turns,
             "max_observation_tokens": config.max_observation_tokens,
             "concurrency": config.concurrency,
             **self._rollout_options,
-            **options,
         }
-        # Dropout would make the recorded log-probabilities those of another policy.
-        self.policy.model.eval()
-        return self.run_async(
-            rollout(
-                self.engine,
-                environment or self.environment,
-                tasks,
-                group_size=group_size or config.group_size,
-                seed=seed,
-                **arguments,
-            )
-        )
 
     def train_step(self) -> tuple[dict[str, Any], StepDetail]:
         config = self._settings
@@ -250,7 +270,8 @@ class OnlineTrainer(Run):
         if update["update/steps"]:
             self._sync(phases)
         with phases("metrics"):
-            row = {**sampling_row(experience, streams), **failure_row(failures), **update, **corrected}
+            behind = self._ahead.row() if self._ahead is not None else {}
+            row = {**sampling_row(experience, streams), **failure_row(failures), **update, **corrected, **behind}
         self._watch_signal(experience, streams)
         learned = update["update/tokens"]
         row.update(phases.row({"sampling": int(experience.action.sum()), "forward": learned, "backward": learned}))
@@ -275,19 +296,15 @@ class OnlineTrainer(Run):
         for turn in range(1 + config.dynamic_sampling):
             missing = config.prompts_per_step - sum(useful)
             if turn == 0:
-                n = len(self.tasks)
-                chosen = batch_indices(n, config.prompts_per_step, self.step, seed=config.seed, drop_last=True).tolist()
+                chosen = self._drawn(self.step)
             else:
                 chosen = further_indices(len(self.tasks), missing, taken, seed=(config.seed, self.step, turn))
             if not missing or not chosen:
                 break
             taken += chosen
-            key = [config.seed & 0xFFFFFFFF, self.step, *([turn] if turn else [])]
-            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+            seed = self._seed(self.step, turn)
             with phases("sampling"):
-                new = self.world.each(
-                    [self.tasks[i] for i in chosen], lambda part, seed=seed: self.sample(part, seed=seed)
-                )
+                new = self._play(chosen, seed, turn)
             trajectories = [t for group in new for t in group.trajectories]
             self._report_failures([t for group in [*groups, *new] for t in group.trajectories])
             with phases("scoring"):
@@ -303,6 +320,25 @@ class OnlineTrainer(Run):
             useful += informative(new, made, config.filter, variance=config.dynamic_sampling > 0)
         flat = [not use for use, group in zip(useful, groups, strict=True) for _ in group.trajectories]
         return groups, scores, np.array(flat, dtype=bool), failures
+
+    def _seed(self, step: int, turn: int) -> int:
+        key = [self._settings.seed & 0xFFFFFFFF, step, *([turn] if turn else [])]
+        return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+    def _drawn(self, step: int) -> list[int]:
+        """Numbers of the tasks that a step begins with."""
+        n, size = len(self.tasks), self._settings.prompts_per_step
+        return batch_indices(n, size, step, seed=self._settings.seed, drop_last=True).tolist()
+
+    def _play(self, chosen: Sequence[int], seed: int, turn: int) -> list[Group]:
+        """Sample the chosen tasks: here, in all processes of the run, or in actors that may have begun before."""
+        if self._settings.distributed.samplers == 0:
+            return self.world.each([self.tasks[i] for i in chosen], lambda part: self.sample(part, seed=seed))
+        if self._ahead is None:
+            from guerdon.training.ahead import start_ahead
+
+            self._ahead = start_ahead(self, self._rollout_arguments(), drawn=self._drawn, seed=self._seed)
+        return self._ahead.groups(self.step, chosen if turn else None, turn)
 
     def _correct(self, experience: Experience, streams: Streams) -> dict[str, float]:
         """Weigh policy tokens by the trainer's over the sampler's probability, truncated."""
@@ -361,6 +397,9 @@ class OnlineTrainer(Run):
     def _sync(self, phases: Phases) -> None:
         """Hand new weights to an engine that keeps its own copy."""
         self.learner.publish()
+        if self._ahead is not None:
+            with phases("sync"):
+                self._ahead.fleet.update(self.policy)
         sync = getattr(self.engine, "update_weights", None)
         if sync is not None:
             with phases("sync"):

@@ -46,7 +46,7 @@ def lookup_drill(
         names: members are drawn from these.
         rng: where randomness comes from.
         members, skills, queries: sizes.
-        prices: entries are ``SKILL PRICE NAME``, and both price and name are answers; else ``SKILL NAME``.
+        prices: entries are ``PRICE SKILL NAME``; else ``SKILL NAME``.
 
     Raises:
         ConfigError: sizes below 1, or fewer words or names than are drawn.
@@ -56,16 +56,13 @@ def lookup_drill(
     if len(words) < skills or len(names) < members:
         raise ConfigError(f"{members} names and {skills} words are drawn from {len(names)} and {len(words)}")
     known = [words[k] for k in rng.choice(len(words), skills, replace=False)]
-    entries: list[tuple[str, str, str]] = []
+    entries: list[tuple[str, str]] = []
     lines = []
     for k in rng.choice(len(names), members, replace=False):
-        own = rng.permutation(known)[: int(rng.integers(1, min(3, skills) + 1))]
-        price = str(int(rng.integers(1, 5)) if rng.random() < 0.8 else int(rng.integers(5, 31)))
-        rows = [(str(skill), price, names[k]) for skill in own]
-        entries += rows
-        lines.append("- " + " , ".join(" ".join(row if prices else (row[0], row[2])) for row in rows))
-    lookups: list[tuple[str, str]] = []
-    for k in rng.integers(len(entries), size=queries):
-        skill, price, name = entries[int(k)]
-        lookups.append((f" need {skill} ; try", f" {skill} {price} {name}" if prices else f" {skill} {name}"))
-    return Drill("\n".join(lines), tuple(lookups))
+        own = rng.permutation(known)[: int(rng.integers(1, min(3, skills) + 1))].tolist()
+        price = f"{int(rng.integers(1, 5)) if rng.random() < 0.8 else int(rng.integers(5, 31))} " if prices else ""
+        entries += [(skill, names[k]) for skill in own]
+        lines.append("- " + " , ".join(f"{price}{skill} {names[k]}" for skill in own))
+    asked = [entries[int(k)] for k in rng.integers(len(entries), size=queries)]
+    lookups = tuple((f" need {skill} ; try", f" {skill} {name}") for skill, name in asked)
+    return Drill("\n".join(lines), lookups)

@@ -1,11 +1,11 @@
 """Scripted rollouts for the supervised warm start: the right form, an arbitrary choice.
 
 The script asks a uniformly random member each time and tosses a coin after each call whether to stop, so the warm
-start teaches the protocol and nothing about whom to ask or when to stop. The thought before a call names the skills
-that the question still needs, as any language model would know them, and then one skill (and the price) of the member
-that is about to be asked, drawn without regard to the need. "What is needed" and "who has this skill" are learnable
-from the scripts; that the two should agree, whom to prefer among several that know it, and that one call per need is
-enough are left for reinforcement learning to find out.
+start teaches the protocol and nothing about whom to ask or when to stop. Each thought first says which skills the
+question still needs, as any language model would know them. Before a call it goes on with one skill of the member
+that is about to be asked, drawn without regard to the need. So "what is needed" and "who has this skill" are
+learnable from the scripts; that the two should agree, whom to prefer among several that know it, and that one stops
+when nothing is needed any more are left for reinforcement learning to find out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from guerdon.environments.worldfacts.pools import Entry
-from guerdon.environments.worldfacts.questions import Register, phrase, sub_question
+from guerdon.environments.worldfacts.questions import Hop, Register, phrase, sub_question
 from guerdon.environments.worldfacts.specialists import informative, read_answer
 from guerdon.errors import ConfigError
 from guerdon.types import Task
@@ -62,7 +62,6 @@ def scripted_rollout(
     min_calls: int = 1,
     stop: float = 0.5,
     guesses: Sequence[str] = ("unknown",),
-    prices: bool = True,
 ) -> list[Segment]:
     """Write one rollout.
 
@@ -78,7 +77,6 @@ def scripted_rollout(
         max_calls, min_calls: most and least calls.
         stop: probability to stop after each call between the two, whatever the question.
         guesses: one of them is the answer where no reply holds any.
-        prices: the prompt shows prices, and a compact thought names the member's.
 
     Returns:
         Segments; policy segments together are valid under the format reward.
@@ -93,6 +91,7 @@ def scripted_rollout(
     if not 0 <= stop <= 1:
         raise ConfigError(f"stop must be in [0, 1], got {stop}")
     register: Register = task.meta["register"]
+    compact = register == "compact"
     chain = task.meta["chain"]
     calls = min_calls
     while calls < max_calls and rng.random() >= stop:
@@ -103,21 +102,24 @@ def scripted_rollout(
         if k < len(chain):
             query = sub_question(chain[k].relation, subject, register)
         member = pool[int(rng.integers(len(pool)))]
-        needed = [hop.domain for hop in chain[min(k, len(chain) - 1) :]]
-        known = member.skill.domains
-        skill = known[int(rng.integers(len(known)))]
-        price = f" {member.skill.price:.0f}" if prices else ""
-        if register == "compact":
-            thought = f"need {' , '.join(needed)} ; try {skill}{price} {member.name}"
-        else:
-            thought = f"This needs {' and then '.join(needed)}. I try {member.name}, which knows {skill}."
-        segments.append(Segment("policy", f"<think> {thought} </think><search> {member.name} : {query} </search>"))
+        skill = member.skill.domains[int(rng.integers(len(member.skill.domains)))]
+        ask_text = f"try {skill} {member.name}" if compact else f"I try {member.name}, which knows {skill}."
+        segments.append(
+            Segment("policy", f"<think> {_need(chain[k:], compact)} {ask_text} </think><search> {member.name} : {query} </search>")
+        )
         reply = ask(member.name, query)
         segments.append(Segment("environment", wrap(reply)))
         if informative(reply):
             answer = subject = read_answer(reply)
     if answer is None:
         answer = guesses[int(rng.integers(len(guesses)))]
-    done = "done" if register == "compact" else "I have what I need."
-    segments.append(Segment("policy", f"<think> {done} </think><answer> {answer} </answer>"))
+    done = "done" if compact else "I answer."
+    segments.append(Segment("policy", f"<think> {_need(chain[calls:], compact)} {done} </think><answer> {answer} </answer>"))
     return segments
+
+
+def _need(rest: Sequence[Hop], compact: bool) -> str:
+    """What the question still needs."""
+    if compact:
+        return f"need {' , '.join(hop.domain for hop in rest) or 'nothing'} ;"
+    return f"This still needs {' and then '.join(hop.domain for hop in rest) or 'nothing'}."
