@@ -143,7 +143,9 @@ def our_side(job: dict[str, Any]) -> None:
         phases = {name[5:]: value for name, value in row.items() if name.startswith("time/") and name != "time/step"}
         stats = engine.stats
         idle = 1 - stats.decode_tokens / max(1, stats.decode_steps * stats.largest_batch)
-        say({"seconds": seconds, "phases": phases, "peak_mb": peak_mb(), "idle": idle, "row_steps": stats.decode_tokens})
+        say(
+            {"seconds": seconds, "phases": phases, "peak_mb": peak_mb(), "idle": idle, "row_steps": stats.decode_tokens}
+        )
     trainer.close()
 
 
@@ -173,9 +175,16 @@ def our_check(policy: Any, path: Path) -> dict[str, Any]:
     ones = torch.ones_like(advantage)
     streams = Streams(advantage, ones, ones, ones, None, None, np.zeros(len(trajectories), dtype=bool))
     learner = Learner(policy, config)
+    gradients: dict[str, Any] = {}
+
+    def look(scale: float, *, where: str) -> dict[str, float]:
+        """In place of the optimiser's step."""
+        gradients.update({name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None})
+        return {}
+
+    learner.optimiser.step = look  # type: ignore[method-assign]
     phases = Phases()
     row = learner.update(experience, streams, learner.prepare(experience, phases), step=0, total=1, phases=phases)
-    gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
     torch.save({name: gradients[name] for name in given["wanted"]}, path.with_suffix(".guerdon"))
     return {"loss": row["loss"], "norms": {name: float(gradient.norm()) for name, gradient in gradients.items()}}
 
@@ -252,7 +261,9 @@ def compare(args: argparse.Namespace, folder: Path, tokenizer: Any) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "given.pt"
         generator = torch.Generator().manual_seed(0)
-        completions = [torch.randint(100, 40_000, (n,), generator=generator).tolist() for n in (5, 9, 12, 3, 7, 9, 1, 4)]
+        completions = [
+            torch.randint(100, 40_000, (n,), generator=generator).tolist() for n in (5, 9, 12, 3, 7, 9, 1, 4)
+        ]
         prompt = prompt_texts(tokenizer, [24])[0][1]
         wanted = [
             "model.norm.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.14.mlp.down_proj.weight",
@@ -317,7 +328,9 @@ def run_case(name: str, case: dict[str, Any], args: argparse.Namespace, folder: 
         for k in range(times):
             for key, side in sides.items():
                 rows[key].append(side.step())
-                print(f"{name:22} round {k + 1}  {key:18} {rows[key][-1]['seconds']:7.1f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{name:22} round {k + 1}  {key:18} {rows[key][-1]['seconds']:7.1f} s", file=sys.stderr, flush=True
+                )
         for key, side in sides.items():
             side.close()
             table[key] = summary(rows[key], case["lengths"])

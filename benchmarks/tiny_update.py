@@ -42,7 +42,11 @@ def make_trainer(args: argparse.Namespace) -> Any:
         return [sum(turn.text.count("e") for turn in t.turns) / max(1, len(t)) for t in trajectories]
 
     config = OnlineConfig(
-        prompts_per_step=args.prompts, group_size=args.group, max_tokens=args.tokens, steps=10_000, optimiser={"lr": 1e-6}
+        prompts_per_step=args.prompts,
+        group_size=args.group,
+        max_tokens=args.tokens,
+        steps=10_000,
+        optimiser={"lr": 1e-6},
     )
     engine = TransformersEngine(policy, max_slots=args.prompts * args.group)
     engine._batch._eos[:] = False
@@ -60,7 +64,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         assert all(len(t) == args.tokens for t in detail.trajectories)
         if k >= args.warm:
-            phases = {name[5:]: value for name, value in row.items() if name.startswith("time/") and name != "time/step"}
+            phases = {
+                name[5:]: value for name, value in row.items() if name.startswith("time/") and name != "time/step"
+            }
             rows.append({"update": seconds, **phases})
     trainer.close()
     names = list(rows[0])

@@ -1,6 +1,6 @@
 """One process of a distributed run, as ``torchrun`` or ``accelerate launch`` starts it; see test_training_distributed.py.
 
-    torchrun --nproc_per_node 2 distributed_worker.py RUN.yaml OUT
+torchrun --nproc_per_node 2 distributed_worker.py RUN.yaml OUT
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,23 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from guerdon.errors import ConfigError, RewardError
 from guerdon.policies import tiny_policy
 from guerdon.rewards import Reward
-from guerdon.rollout import Sampling, TransformersEngine
+from guerdon.rollout import TransformersEngine
 from guerdon.training import OnlineConfig, OnlineTrainer
 from guerdon.training.toys import Say, toy_tasks, toy_texts
-from guerdon.types import Score, Trajectory
+from guerdon.types import Score, StopReason, Task, Trajectory, Turn
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'guerdon[ray]'")
-from guerdon.training.ray_workers import Fleet, RayReward, Unit  # noqa: E402 - needs Ray
+from guerdon.training.ray_workers import RayReward  # noqa: E402 - needs Ray
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 
@@ -89,19 +87,21 @@ def trainer_of(environment: Any, reward: Any, **distributed: Any) -> OnlineTrain
 def test_an_actor_dies_in_the_middle_of_a_step(tmp_path) -> None:
     """The run equals one without actors: nothing is lost, nothing counts twice, and learning goes on."""
     plain = trainer_of(Say(), Letters())
-    expected = [plain.train_step()[1] for plain.step in range(4)]
+    expected = [plain.train_step()[1] for plain.step in range(3)]
     log = tmp_path / "scored"
     trainer = trainer_of(Slow(0.4), Letters(str(log)), samplers=2, reward_workers=1)
-    found = []
-    for step in range(4):
+    found, rows = [], []
+    for step in range(3):
         trainer.step = step
         if step == 1:
             fleet = trainer._ahead.fleet
-            killer = threading.Timer(0.2, ray.kill, (fleet._actors[0],))
-            killer.start()
-        found.append(trainer.train_step()[1])
+            threading.Timer(0.2, ray.kill, (fleet._actors[0],)).start()
+        row, detail = trainer.train_step()
+        found.append(detail)
+        rows.append(row)
     assert fleet.deaths == 1 and len(fleet._actors) == 2
     assert not fleet._known.pending and not fleet._known.done
+    assert [row["staleness/max"] for row in rows] == [0.0, 0.0, 0.0]
     for ours, theirs in zip(found, expected, strict=True):
         assert [g.task.id for g in ours.groups] == [g.task.id for g in theirs.groups]
         assert [len(g) for g in ours.groups] == [4, 4, 4]
@@ -115,67 +115,12 @@ def test_an_actor_dies_in_the_middle_of_a_step(tmp_path) -> None:
     plain.close()
 
 
-def test_sampling_ahead_stays_within_its_bound() -> None:
-    trainer = trainer_of(Say(), Letters(), samplers=1, staleness=1)
-    rows = []
-    for step in range(4):
-        trainer.step = step
-        row, detail = trainer.train_step()
-        rows.append(row)
-        assert len(detail.trajectories) == 12
-        # Units of the next step are on their way already, and of no step beyond.
-        known = trainer._ahead.fleet._known
-        assert {key[0] for key in [*known.pending, *known.done]} == ({step + 1} if step < 3 else set())
-    assert [row["staleness/max"] for row in rows] == [0.0, 1.0, 1.0, 1.0]
-    trainer.close()
-
-
-def test_a_unit_that_kills_every_actor_is_named() -> None:
-    class Deadly(Say):
-        def start(self, task: Any, *, seed: int, group: int, member: int) -> Any:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    fleet = Fleet(
-        small_policy(), Deadly(), size=1, group_size=1, rollout={"max_turns": 1, "sampling": Sampling(max_tokens=2)}
-    )  # fmt: skip
-    with pytest.raises(Exception, match="'say-0' was played by 3 actors and each died"):
-        fleet.collect([Unit((0,), toy_tasks(1)[0], 0)])
-    fleet.close()
-
-
 def test_a_reward_worker_dies_and_its_part_is_scored_once(tmp_path) -> None:
-    fleetless = trainer_of(Say(), Letters())
-    trajectories = fleetless.train_step()[1].trajectories
+    trajectories = [Trajectory(Task(f"t{k}", "q"), (Turn("policy", "x", (k,)),), StopReason.EOS) for k in range(7)]
     log = tmp_path / "scored"
     reward = RayReward(Letters(str(log), crash=str(tmp_path / "crashed")), 2)
-    began = time.monotonic()
     scores = reward(trajectories)
     assert [s.value for s in scores] == [s.value for s in Letters()(trajectories)]
-    assert (tmp_path / "crashed").exists() and time.monotonic() - began < 60
+    assert (tmp_path / "crashed").exists()
     assert len(log.read_text().split()) == len(trajectories)
     reward.close()
-    fleetless.close()
-
-
-def test_failures_in_workers_are_counted_and_named() -> None:
-    def broken(trajectories: Sequence[Trajectory]) -> list[float]:
-        raise ValueError("no verdict today")
-
-    trainer = trainer_of(Say(), broken, reward_workers=1)
-    with pytest.raises(RewardError, match="no verdict today"):
-        trainer.train_step()
-    assert trainer.reward.failure_counts() == {("broken", "exception"): 12}
-    trainer.close()
-
-
-def test_what_cannot_be_sent_or_copied_is_refused() -> None:
-    class Running(Letters):
-        def state_dict(self) -> dict[str, Any]:
-            return {"mean": 0.5}
-
-    with pytest.raises(ConfigError, match="has state, which copies of it would not share"):
-        RayReward(Running(), 2)
-    locked = Letters()
-    locked.lock = threading.Lock()
-    with pytest.raises(ConfigError, match="cannot be sent to another process"):
-        RayReward(locked, 1)

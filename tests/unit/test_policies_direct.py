@@ -164,7 +164,9 @@ def _dynamic(model) -> None:
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
 
 
-@pytest.mark.parametrize("change", [_hook, _patch, _wrap, _recompute, _eager, _half, _dynamic], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change", [_hook, _patch, _wrap, _recompute, _eager, _half, _dynamic], ids=lambda f: f.__name__
+)
 def test_a_model_with_something_of_its_own_runs_its_own_modules(change) -> None:
     model = model_of("llama")
     assert direct_trunk(model) is not None

@@ -458,7 +458,7 @@ async def test_packed_weights_are_let_go_when_no_stream_is_open(attention: str) 
     await streams[1].generate(Sampling(max_tokens=2, seed=1))
     assert engine._batch._direct._packed is held
     streams[1].close()
-    while engine._batch._direct._packed is not None:
+    while engine._batch._direct._packed is not None:  # noqa: ASYNC110  there is no event to wait for
         await asyncio.sleep(0.01)
     assert engine._batch._packed_head is None
     await engine.aclose()

@@ -307,3 +307,26 @@ def test_by_name_with_references_of_each_row():
         shape(torch.zeros(1), "log_sigmoid")
     with pytest.raises(DataError, match="row of base-policy rewards"):
         shape(torch.zeros(2), "log_sigmoid", [[0.5], []])
+
+
+# The recipe's exact optima ---------------------------------------------------------------------------------------------
+
+
+def test_tilts_have_the_kl_they_were_asked_for_and_are_the_best_at_it():
+    from guerdon.papers.transform_combine import make_world, mcnemar, tilt, weighted_quantile, weighted_sum
+
+    world = make_world(np.random.default_rng(0), prompts=5, candidates=12, samples=8)
+    utility = weighted_sum(world, 0.5)
+    policy = tilt(world, utility, 0.7)
+    kl = (policy * np.log(policy / world.base)).sum(1)
+    assert kl.mean() == pytest.approx(0.7, abs=1e-6)
+    np.testing.assert_allclose(policy.sum(1), 1.0)
+    # log pi / pi0 is affine in the utility, with one slope for all prompts
+    slopes = [np.polyfit(u, np.log(p / b), 1)[0] for u, p, b in zip(utility, policy, world.base, strict=True)]
+    np.testing.assert_allclose(slopes, slopes[0], rtol=1e-6)
+    other = tilt(world, world.good, 0.7)
+    assert (policy * utility).sum() > (other * utility).sum()
+    assert weighted_quantile(np.array([[3.0, 1.0, 2.0]]), np.array([[0.2, 0.5, 0.3]]), 0.6).tolist() == [2.0]
+    a, b = np.array([1, 1, 1, 0, 0.0]), np.array([0, 0, 0, 1, 0.0])
+    assert mcnemar(a, b) == {"only_first": 3, "only_second": 1, "p_value": pytest.approx(5 / 16)}
+    assert mcnemar(a, a)["p_value"] == 1.0

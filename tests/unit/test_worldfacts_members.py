@@ -277,6 +277,8 @@ def test_scripts_are_valid_and_choose_uniformly(world: World, register: str) -> 
     rng = np.random.default_rng(11)
     position, calls, general = Counter(), Counter(), 0
     competent: list[tuple[bool, float]] = []
+    matched: list[tuple[bool, float]] = []
+    one_call: list[tuple[int, bool]] = []
     for k in range(2000):
         task, pool = tasks[k % len(tasks)], PoolSampler().sample(rng)
         members = {e.name: Specialist(e.skill, world, register) for e in pool}  # type: ignore[arg-type]
@@ -294,14 +296,18 @@ def test_scripts_are_valid_and_choose_uniformly(world: World, register: str) -> 
         names = [e.name for e in pool]
         position.update(names.index(n) for n in asked)
         general += sum(is_generalist(pool[names.index(n)].skill) for n in asked)
-        # The thought names what the question needs, and then a skill of the member that is asked: the needed one
-        # exactly where the member has it.
+        # The thought names what the question still needs, and then any skill of the member that is asked.
+        domains = task.meta["domains"]
         for k, (segment, name) in enumerate(zip(segments[::2], asked, strict=False)):
-            needed, tried = read_descriptor(segment.text.partition("</think>")[0])
-            domains, skill = task.meta["domains"], pool[names.index(name)].skill
-            assert needed == domains[min(k, len(domains) - 1)]
-            assert skill.knows(tried) and (tried == needed) == skill.knows(needed)
-            competent.append((skill.knows(needed), float(np.mean([e.skill.knows(needed) for e in pool]))))
+            *needed, tried = read_descriptor(segment.text.partition("</think>")[0])
+            skill = pool[names.index(name)].skill
+            assert tuple(needed) == domains[k:] and skill.knows(tried)
+            if needed:
+                competent.append((skill.knows(needed[0]), float(np.mean([e.skill.knows(needed[0]) for e in pool]))))
+                if skill.knows(needed[0]):
+                    matched.append((tried == needed[0], 1 / len(skill.domains)))
+        assert read_descriptor(segments[-1].text.partition("</think>")[0]) == domains[len(asked) :]
+        one_call.append((len(domains), len(asked) == 1))
         replies = [s.text.strip() for s in segments if s.speaker == "environment"]
         answers = [read_answer(r[len("<information>") : -len("</information>")]) for r in replies]
         told = [
@@ -313,11 +319,16 @@ def test_scripts_are_valid_and_choose_uniformly(world: World, register: str) -> 
     total = sum(position.values())
     assert chisquare([position[k] for k in range(6)]).pvalue > 1e-3
     assert binomtest(general, total, 1 / 6).pvalue > 1e-3
-    assert chisquare([calls[k] for k in (1, 2, 3)]).pvalue > 1e-3
-    # The scripts are no more competent than members drawn blindly.
-    asked_well, by_chance = np.mean(competent, axis=0)
-    spread = np.sqrt(np.mean([p * (1 - p) for _, p in competent]) / len(competent))
-    assert abs(asked_well - by_chance) < 4 * spread
+    # A coin after each call, whatever the question: half stop after one, a quarter after two, the rest after three.
+    assert chisquare([calls[k] for k in (1, 2, 3)], [1000, 500, 500]).pvalue > 1e-3
+    for hops in (1, 2):
+        stopped = [one for h, one in one_call if h == hops]
+        assert binomtest(sum(stopped), len(stopped), 0.5).pvalue > 1e-3
+    # The scripts are no more competent than members drawn blindly, and no thought prefers the skill that is needed.
+    for pairs in (competent, matched):
+        found, by_chance = np.mean(pairs, axis=0)
+        spread = np.sqrt(np.mean([p * (1 - p) for _, p in pairs]) / len(pairs))
+        assert abs(found - by_chance) < 4 * spread + 1e-12
 
 
 def test_the_second_sub_question_uses_the_reply_to_the_first(world: World) -> None:
@@ -342,7 +353,10 @@ def test_without_a_reply_the_script_guesses(world: World) -> None:
     (only,) = scripted_rollout(
         task, pool, lambda n, q: "", rng, wrap=_wrap, min_calls=0, max_calls=0, guesses=("Peru",)
     )
-    assert only.text == "<think> done </think><answer> Peru </answer>"
+    needed = " , ".join(task.meta["domains"])
+    assert only.text == f"<think> need {needed} ; done </think><answer> Peru </answer>"
+    with pytest.raises(ConfigError, match=r"stop must be in \[0, 1\]"):
+        scripted_rollout(task, pool, lambda n, q: "", rng, wrap=_wrap, stop=1.5)
     with pytest.raises(ConfigError, match="min_calls"):
         scripted_rollout(task, pool, lambda n, q: "", rng, wrap=_wrap, min_calls=4)
     with pytest.raises(ConfigError, match="at least one pool member"):
@@ -374,6 +388,7 @@ def test_every_compact_word_is_in_the_vocabulary(world: World) -> None:
             for task in make_tasks(world, split, domains=domains, **kwargs):  # type: ignore[arg-type]
                 for hop in task.meta["chain"]:
                     assert {f" {hop.relation}", f" {hop.subject}", f" {hop.answer}"} <= words
+        assert {f" {name}" for name in NAMES} | {" need", " try", " done", " nothing"} <= words
 
 
 @pytest.mark.parametrize("register", REGISTERS)

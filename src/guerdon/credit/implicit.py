@@ -10,7 +10,7 @@ Source: Yuan et al. 2024 (arXiv 2412.01981), proposition 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -99,7 +99,7 @@ def reduce_steps(steps: Sequence[Tensor], reduce: Reduce = "min") -> Tensor:
     Raises:
         ValueError: an unknown ``reduce``.
     """
-    how = {"min": torch.min, "sum": torch.sum, "mean": torch.mean}
+    how: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.min, "sum": torch.sum, "mean": torch.mean}
     if reduce not in how:
         raise ValueError(f"reduce must be min, sum or mean, got {reduce!r}")
     if not steps:

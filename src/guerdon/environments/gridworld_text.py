@@ -206,7 +206,8 @@ def noisy_expert(
     for name, p in (("invalid", invalid), ("wander", wander), ("fumble", fumble)):
         if not 0 <= p <= 1:
             raise ConfigError(f"{name} must be in [0, 1], got {p}")
-    state, out = layout.initial, []
+    state = layout.initial
+    out: list[str] = []
     while state.at != layout.goal and len(out) < max_steps:
         best = expert_action(layout, state)
         if rng.random() < (invalid if best.startswith("go ") else fumble):

@@ -345,7 +345,7 @@ def wins(
         rivals = np.asarray(opponents.get(trajectory.task.id, ()), dtype=np.float64)
         if not rivals.size:
             raise DataError(f"task {trajectory.task.id!r} has no opponents to win against")
-        out.append(float((value > rivals).mean() + 0.5 * (value == rivals).mean()))
+        out.append(float(np.mean(value > rivals) + 0.5 * np.mean(value == rivals)))
     return out
 
 

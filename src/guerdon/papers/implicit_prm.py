@@ -66,7 +66,7 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     keys = [k for k in rows[0] if not isinstance(rows[0][k], np.ndarray)]
     measured = {k: [row[k] for row in rows] for k in keys}
     return Result(
-        "implicit-prm", scale, tuple(seeds), tuple(claims), PAPER, measured, environment(),
+        "implicit-prm", require_scale(scale), tuple(seeds), tuple(claims), PAPER, measured, environment(),
         time.perf_counter() - started,
         notes="one warm start; a seed draws chains, solutions and training order; intervals over seeds and items",
     )  # fmt: skip

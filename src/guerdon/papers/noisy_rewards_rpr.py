@@ -1,8 +1,9 @@
 """Noisy rewards and the reasoning pattern reward (arXiv 2505.22653): how wrong may a reward be, and what needs no key?
 
 Testbed: chains of four additions and subtractions, answered in a box. The base policy can reason and seldom
-does: in 85% of its corpus it guesses at once (wrong six times in ten), in 15% it works step by step, rightly, with marker
-words ("first, ", "therefore "). The weak base has only the guesses. The noisy reward model is a logistic regression on
+does: in 80% of its corpus it guesses at once (wrong eight times in ten: with six in ten, a guess was as good as a worked
+solution of a policy this small), in 20% it works step by step, rightly, with marker words ("first, ", "therefore "). The
+weak base has only the guesses. The noisy reward model is a logistic regression on
 character n-grams of few graded solutions. Run it with ``guerdon reproduce noisy-rewards-rpr``.
 """
 
@@ -28,7 +29,7 @@ MAX_TOKENS = 56
 SPEC = Spec((4, 4), high=10, operand=5)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "prompts": 2, "tasks": 20, "test": 10, "graded": 10},
-    "cpu": {"examples": 12_000, "sft": 350, "steps": 40, "prompts": 12, "tasks": 600, "test": 200, "graded": 60},
+    "cpu": {"examples": 20_000, "sft": 700, "steps": 50, "prompts": 16, "tasks": 600, "test": 200, "graded": 60},
     "gpu": {"examples": 40_000, "sft": 1500, "steps": 150, "prompts": 64, "tasks": 5000, "test": 500, "graded": 60},
 }
 ARMS = ("base", "p = 0", "p = 0.2", "p = 0.4", "p = 0.5", "p = 0.4, pattern reward for wrong", "pattern reward alone",
@@ -103,8 +104,8 @@ class NgramModel(Reward):
 
 def base_policy(scale: str, out: Path, *, weak: bool) -> Any:
     """The policy that arms start from."""
-    guess = Style(steps=False, error=0.6, answer="boxed")
-    mix = {guess: 1.0} if weak else {guess: 0.85, Style(markers=0.8, answer="boxed"): 0.15}
+    guess = Style(steps=False, error=0.8, answer="boxed")
+    mix = {guess: 1.0} if weak else {guess: 0.8, Style(markers=0.8, answer="boxed"): 0.2}
     size = SIZES[scale]
     return warm_start(mix, spec=SPEC, folder=out / "warm", examples=size["examples"], steps=size["sft"])
 
@@ -157,8 +158,9 @@ def run(scale: str, out: Path, model: NgramModel, arm: str, seed: int) -> dict[s
         tasks = make_tasks(size["tasks"], spec=SPEC, seed=seed)
         train(policy, tasks, settings=settings, evaluate=peek, **parts_of(arm, seed, model))
     last = greedy()
+    sampled = measure(policy, test, rate, samples=2, max_tokens=MAX_TOKENS, seed=seed)
     best = max([*peeks, last], key=lambda row: float(np.mean(row["right"])))
-    return {"last": last, "peak": best, "course": [float(np.mean(row["right"])) for row in peeks]}
+    return {"last": last, "peak": best, "sampled": sampled, "course": [float(np.mean(row["right"])) for row in peeks]}
 
 
 def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
@@ -175,6 +177,7 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     measured: dict[str, Any] = {
         arm: {k: float(column(results, arm, seeds, "last", k).mean()) for k in ("right", "pattern", "steps", "length")}
         | {"peak": float(column(results, arm, seeds, "peak", "right").mean())}
+        | {f"sampled {k}": float(column(results, arm, seeds, "sampled", k).mean()) for k in ("right", "steps")}
         for arm in ARMS
     }
     measured["pairwise accuracy of the noisy model"] = model.pairwise

@@ -10,6 +10,10 @@ The precondition comes first: if the unshaped run does not show proxy up and gol
 raw rewards differ in scale, so one KL coefficient weighs more beside a shaped reward: runs of the raw reward with larger
 coefficients are the control. Group advantages are not divided by their deviation (which would blow up tiny differences of
 saturated rewards); both ways are reported. Run it with ``guerdon reproduce par``.
+
+What came out: PAR ends far above the raw reward at the same coefficient, but on one curve of gold against KL with all other
+shapers. It hacks less because it moves less, and the raw reward with twenty times the coefficient moves less still and
+keeps more gold. Divided by the group's deviation, PAR is hacked like the rest.
 """
 
 from __future__ import annotations
@@ -134,7 +138,11 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     return Result(
         "par", scale, tuple(seeds), tuple(claims), PAPER, measured, environment(), duration,
         notes="one warm start for all; a seed draws the proxy and the RL run; intervals over seeds and held-out prompts; "
-        "the compared shapers and controls ran on the first three seeds",
+        "the compared shapers and controls ran on the first three seeds; all shapers lie on one curve of gold against KL, "
+        "so what shaping buys here is less KL for the same coefficient, and the raw reward with a larger coefficient buys "
+        "more of it (claim 4). Tried before: a learning rate of 1e-3 with a proxy fitted to noisier labels, at which every "
+        "arm left the data within ten steps and PAR was hacked too (win rate 0.09 against 0.002); the rate was then lowered "
+        "for all arms, and no arm was tuned alone. Claim 3 misses its margin on the side of one reference being better",
     )  # fmt: skip
 
 

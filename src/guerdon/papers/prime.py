@@ -63,7 +63,7 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     runs = {(arm, seed): train(policy, size, arm, seed) for seed in seeds for arm in ARMS}
     claims, measured = judge(runs, seeds, asserted=scale != "smoke")
     return Result(
-        "prime", scale, tuple(seeds), tuple(claims), PAPER, measured, environment(), time.perf_counter() - started,
+        "prime", require_scale(scale), tuple(seeds), tuple(claims), PAPER, measured, environment(), time.perf_counter() - started,
         notes="one warm start shared by all arms and seeds; intervals over seeds and held-out chains (or steps)",
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ from guerdon.training.arithmetic import warm_start
 from guerdon.types import Score, Task, Trajectory, policy_text
 
 MAX_TOKENS = 40
-SPEC = Spec((2, 2), high=12, operand=6, choices=4)
+SPEC = Spec((2, 2), high=15, operand=7, choices=4)
 OPEN = replace(SPEC, choices=0)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "prompts": 2, "tasks": 20, "test": 10},
@@ -120,7 +120,7 @@ def base_policy(scale: str, out: Path) -> Any:
         Style(wrong_lines=1, lucky=0.25, markers=0.5): 0.25,
         Style(skip=0.5, markers=0.5): 0.25,
     }
-    n = 40 if scale == "smoke" else 1200
+    n = 40 if scale == "smoke" else 700
     tasks = [*questions(n, "train", 1), *make_tasks(n, spec=OPEN, seed=2)]
     return warm_start(mix, spec=SPEC, tasks=tasks, folder=out / "warm", examples=size["examples"], steps=size["sft"])
 

@@ -169,7 +169,7 @@ def direct_trunk(base: Any, *, context: int = 0) -> DirectTrunk | None:
 
 
 def _fits(base: Any, context: int) -> bool:
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if type(base).__name__ not in _TYPES or type(base).__module__.partition(".")[0] != "transformers":
         return False
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -390,7 +390,14 @@ class _Mlp(torch.autograd.Function):
 
 
 def grouped_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention in which several query heads share a key head, without copies of the keys.
 

@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from guerdon.errors import ConfigError, DataError, EngineError
-from guerdon.policies.direct import DirectTrunk, direct_trunk, grouped_sdpa
+from guerdon.policies.direct import DirectTrunk, direct_trunk, grouped_sdpa, is_plain
 from guerdon.policies.packing import TokenBatch
 from guerdon.policies.probe import Sharing, check_head, sharing
+from guerdon.policies.products import linear, matmul
 from guerdon.policies.tree import attending
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenOutputs", "chunked_logprobs", "logits_of", "token_logprobs", "trunk_and_head"]
 
-_CHUNK_LOGITS = 1 << 24
+_CHUNK_LOGITS = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def token_logprobs(
         temperature: logits are divided by it before the softmax.
         entropy: also return each distribution's entropy.
         values: also return the value head's output at the state in which each token is chosen.
-        chunk_tokens: tokens of one head chunk; 0 chooses so that a chunk holds about 16 million logits.
+        chunk_tokens: tokens of one head chunk; 0 chooses so that a chunk holds about 8 million logits.
 
     Raises:
         ConfigError: temperature is not positive, or values are asked of a policy without value head.
@@ -113,7 +114,7 @@ def chunked_logprobs(
         head: maps hidden states to logits ``[.., vocabulary]``.
         temperature, softcap, scale: ``logits = softcap * tanh(scale * head / softcap) / temperature``.
         entropy: also return entropies.
-        chunk_tokens: rows per chunk; 0: about 16 million logits.
+        chunk_tokens: rows per chunk; 0: about 8 million logits.
 
     Returns:
         ``[N]`` log-probabilities, and entropies or ``None``; float32, or float64 where the states are.
@@ -128,6 +129,9 @@ def chunked_logprobs(
             logits = logits / temperature
         return _Chosen.apply(logits, y, entropy)
 
+    if softcap is None and states.dtype in (torch.float32, torch.float64) and _is_matrix(head, states.dtype):
+        logprobs, entropies = _HeadChosen.apply(states, head.weight, targets, scale / temperature, entropy, size)
+        return logprobs, entropies if entropy else None
     recompute = torch.is_grad_enabled() and len(targets) > size
     pieces = []
     for start in range(0, len(targets), size):
@@ -137,39 +141,103 @@ def chunked_logprobs(
     return logprobs, torch.cat([p[1] for p in pieces]) if entropy else None
 
 
-class _Chosen(torch.autograd.Function):
-    """Log-softmax at one entry per row, and entropy; ``[N, V]``, ``[N]`` in, two ``[N]`` out.
+def _choose(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of ``[N, V]`` at one entry per row, entropy (0 where not wanted), and the log of the norm."""
+    norm = torch.logsumexp(logits, -1)
+    chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - norm
+    spread = torch.zeros_like(norm)
+    if entropy:
+        p = (logits - norm[:, None]).exp_()
+        # A logit of -inf has probability 0, and 0 * inf must be 0.
+        spread = norm - p.mul_(logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+    return chosen, spread, norm
+
+
+def _choose_backward(
+    logits: Tensor, targets: Tensor, spread: Tensor, norm: Tensor, entropy: bool, g_chosen: Tensor, g_spread: Tensor
+) -> Tensor:
+    """Gradient of the logits of :func:`_choose`.
 
     With p the softmax, ``d log p_y / dz = e_y - p`` and ``dH / dz = -p (log p + H)``. Written out, both take one
     pass over the logits each way, where autograd takes a dozen.
     """
+    grad = (logits - norm[:, None]).exp_()
+    if entropy:
+        # -p (g_chosen + g_spread (z - log Z + H))
+        offset = g_chosen + g_spread * (spread - norm)
+        slope = logits.clamp(min=torch.finfo(logits.dtype).min).mul_(g_spread[:, None])
+        grad.mul_(slope.add_(offset[:, None])).neg_()
+    else:
+        grad.mul_(-g_chosen[:, None])
+    return grad.scatter_add_(1, targets[:, None], g_chosen[:, None])
+
+
+class _Chosen(torch.autograd.Function):
+    """:func:`_choose`: ``[N, V]``, ``[N]`` in, log-probabilities and entropies ``[N]`` out."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-        norm = torch.logsumexp(logits, -1)
-        chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - norm
-        spread = torch.zeros_like(norm)
-        if entropy:
-            p = (logits - norm[:, None]).exp_()
-            # A logit of -inf has probability 0, and 0 * inf must be 0.
-            spread = norm - p.mul_(logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
-        ctx.save_for_backward(logits, targets, norm, spread)
+        chosen, spread, norm = _choose(logits, targets, entropy)
+        ctx.save_for_backward(logits, targets, spread, norm)
         ctx.entropy = entropy
         return chosen, spread
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_chosen: Tensor, g_spread: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, norm, spread = ctx.saved_tensors
-        grad = (logits - norm[:, None]).exp_()
-        if ctx.entropy:
-            # -p (g_chosen + g_spread (z - log Z + H))
-            offset = g_chosen + g_spread * (spread - norm)
-            slope = logits.clamp(min=torch.finfo(logits.dtype).min).mul_(g_spread[:, None])
-            grad.mul_(slope.add_(offset[:, None])).neg_()
-        else:
-            grad.mul_(-g_chosen[:, None])
-        return grad.scatter_add_(1, targets[:, None], g_chosen[:, None]), None, None
+        logits, targets, spread, norm = ctx.saved_tensors
+        return _choose_backward(logits, targets, spread, norm, ctx.entropy, g_chosen, g_spread), None, None
+
+
+class _HeadChosen(torch.autograd.Function):
+    """:func:`_choose` of a head that is one matrix, chunk by chunk, with one buffer for the matrix's gradient.
+
+    Of several chunks the logits are computed again in the backward pass; those of one are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, factor: float, entropy: bool, size: int
+    ) -> tuple[Tensor, Tensor]:
+        n = len(targets)
+        chosen, spread, norm = (states.new_zeros(n) for _ in range(3))
+        kept = None
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            logits = _times(linear(states[part], weight), factor)
+            chosen[part], spread[part], norm[part] = _choose(logits, targets[part], entropy)
+            kept = logits if n <= size else None
+        ctx.save_for_backward(states, weight, targets, spread, norm, kept)
+        ctx.settings = factor, entropy, size
+        return chosen, spread
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_chosen: Tensor, g_spread: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, targets, spread, norm, kept = ctx.saved_tensors
+        factor, entropy, size = ctx.settings
+        d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        d_weight: Tensor | None = None
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            logits = kept if kept is not None else _times(linear(states[part], weight), factor)
+            known = targets[part], spread[part], norm[part]
+            grad = _times(_choose_backward(logits, *known, entropy, g_chosen[part], g_spread[part]), factor)
+            del logits
+            if d_states is not None:
+                d_states[part] = matmul(grad, weight)
+            if ctx.needs_input_grad[1]:
+                d_weight = grad.t() @ states[part] if d_weight is None else d_weight.addmm_(grad.t(), states[part])
+        return d_states, d_weight, None, None, None, None
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x.mul_(factor)
+
+
+def _is_matrix(head: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a head is a product with a matrix of its own and nothing else."""
+    return type(head) is nn.Linear and head.bias is None and is_plain(head) and head.weight.dtype == dtype
 
 
 def trunk_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
@@ -263,8 +331,12 @@ def _directly(trunk: DirectTrunk, batch: TokenBatch) -> Tensor:
     if batch.tree is None:
 
         def rows(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            heads = (x.view(*shape, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
-            return grouped_sdpa(*heads, None, causal=True, scaling=trunk.scaling).transpose(1, 2).reshape(len(q), -1)
+            one, two, three = (x.view(*shape, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
+            return (
+                grouped_sdpa(one, two, three, None, causal=True, scaling=trunk.scaling)
+                .transpose(1, 2)
+                .reshape(len(q), -1)
+            )
 
         return trunk(*flat, rows)
     layout = batch.tree.layout(batch.input_ids.device)

@@ -91,8 +91,8 @@ def check_direct(base: Any, trunk: DirectTrunk) -> bool:
         from guerdon.policies.direct import grouped_sdpa
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-            return grouped_sdpa(*heads, None, causal=True, scaling=trunk.scaling)[0].transpose(0, 1).flatten(1)
+            one, two, three = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return grouped_sdpa(one, two, three, None, causal=True, scaling=trunk.scaling)[0].transpose(0, 1).flatten(1)
 
         with _quietly(base) as device:
             ids = _tokens(base, 24, device)

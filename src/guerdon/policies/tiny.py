@@ -136,7 +136,8 @@ def tiny_policy(
         max_position_embeddings=max_context,
         initializer_range=init_std,
         rope_parameters={
-            "rope_type": "default", "rope_theta": rope_theta or (1_000_000.0 if init == "recall" else 10_000.0),
+            "rope_type": "default",
+            "rope_theta": rope_theta or (1_000_000.0 if init == "recall" else 10_000.0),
         },
         # Without biases a head can only look one position back once all embeddings share a direction: slow to learn.
         attention_bias=True,

@@ -286,7 +286,7 @@ class ImplicitPRM:
         examples, skipped, total = self._examples(made, targets)
         optimiser = self._optimiser(lr, weight_decay)
         reference_N = self._reference(made)
-        losses = []
+        losses: list[float] = []
         for epoch in range(epochs):
             order = np.random.default_rng([seed & 0xFFFFFFFF, epoch]).permutation(len(examples))
             for start in range(0, len(order), batch_size):

@@ -135,7 +135,7 @@ class PrimeReward(ImplicitPRM):
         before_N: Tensor | None = None
         if not self.learning or (self.order == "after" and not 0 < len(busy) <= self.minibatch_size):
             before_N = self._ratio(made, reference_N)
-        losses = []
+        losses: list[float] = []
         for start in range(0, len(busy) if self.learning else 0, self.minibatch_size):
             rows = busy[start : start + self.minibatch_size]
             loss, ratio = self._learn(made, rows, labels, reference_N, len(losses))

@@ -166,9 +166,7 @@ class ProgressEstimator(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if hasattr(source, "model") and hasattr(source, "tokenizer") and hasattr(source, "render"):
-                self.turns: nn.Module = PolicyTurns(
-                    source, logits=head == "logits", train=train_trunk, max_tokens=max_tokens
-                )
+                self.turns: Any = PolicyTurns(source, logits=head == "logits", train=train_trunk, max_tokens=max_tokens)
                 hidden = hidden or self.turns.width
             elif head == "logits":
                 raise ConfigError("head='logits' reads a language model's vocabulary; give a policy, or another head")
@@ -336,7 +334,8 @@ class ProgressEstimator(nn.Module):
         return losses
 
     def _backward(self, part: Sequence[_Item], n: int, bf16: bool) -> float:
-        device = self.head[-1].weight.device.type
+        last: Any = self.head[-1]
+        device = str(last.weight.device.type)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             values = self._values([item.states for item in part])
         predicted = torch.stack([v.float().sum() for v in values])

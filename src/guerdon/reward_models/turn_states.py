@@ -50,7 +50,8 @@ class PolicyTurns(nn.Module):
         self._train = train
         self._max_tokens = min(max_tokens, policy.max_context)
         self._decode = policy.decode
-        self._size = int(head.weight.shape[0])
+        weight: Any = head.weight
+        self._size = int(weight.shape[0])
         self.width = self._size if logits else int(model.config.get_text_config().hidden_size)
         self.requires_grad_(False)
 

@@ -40,6 +40,7 @@ _HOME = {
     "RegularizedRelevance": "relevance",
     "RelaxedNumber": "choice",
     "Reward": "base",
+    "RepetitionRatio": "repetition",
     "RewardBatch": "plain",
     "Routed": "relevance",
     "RoutedReward": "routed",

@@ -390,8 +390,8 @@ class RegularizedRelevance(Reward):
                 continue
             closed[k] = True
         parts["r_y"] = np.zeros(len(x))
-        index = np.flatnonzero(closed)
-        if len(index):
+        index = [int(k) for k in np.flatnonzero(closed)]
+        if index:
             if self.F is None:
                 raise ConfigError("F is missing: call fit_scale on a calibration set, or pass F (or 'identity')")
             r_y = self._relevance.pairs([str(y[k]) for k in index], [yhat[k] for k in index])

@@ -165,13 +165,13 @@ def select_by_rollouts(
     if not lo <= hi:
         raise ConfigError(f"lo must not exceed hi, got {lo} and {hi}")
     with np.errstate(invalid="ignore"):
-        kept = np.flatnonzero((m >= lo) & (m <= hi) & (v > min_var))
+        kept = [int(k) for k in np.flatnonzero((m >= lo) & (m <= hi) & (v > min_var))]
     if per_source is None:
-        return kept
+        return np.array(kept, dtype=np.int64)
     rng = np.random.default_rng(seed)
     out: list[int] = []
     for name in dict.fromkeys(source[k] for k in kept):
-        mine = [int(k) for k in kept if source[k] == name]
+        mine = [k for k in kept if source[k] == name]
         most = per_source.get(name, len(mine)) if isinstance(per_source, Mapping) else per_source
         out += mine if len(mine) <= most else rng.choice(mine, most, replace=False).tolist()
     return np.array(sorted(out), dtype=np.int64)

@@ -188,8 +188,8 @@ class GatedSum(Reward):
             return Score.invalid(bad.reason or "a term is invalid", **parts)
         if gate.value not in (0.0, 1.0):
             raise RewardError(f"the gate gave {gate.value} for task {trajectory.task.id!r}; it must give 0 or 1")
-        terms = (torch.tensor(s.value, dtype=torch.float64) for s in (gate, bonus))
-        return Score(float(gated_sum(*terms, self.gate_weight)), parts=parts)
+        opened, paid = (torch.tensor(s.value, dtype=torch.float64) for s in (gate, bonus))
+        return Score(float(gated_sum(opened, paid, self.gate_weight)), parts=parts)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the terms that have one."""

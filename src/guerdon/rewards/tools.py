@@ -441,8 +441,8 @@ def toolrl(
     if length not in lengths:
         raise ConfigError(f"length must be none, fixed or dynamic, got {length!r}")
     return ToolRLReward(
-        ToolFormat(tuple(f_range)),
-        ToolCallMatch(tuple(c_range), granularity, matching, strict=strict),
+        ToolFormat(_range("f_range", f_range)),
+        ToolCallMatch(_range("c_range", c_range), granularity, matching, strict=strict),
         lengths[length],
         ScaleSchedule(schedule),
         name="toolrl",

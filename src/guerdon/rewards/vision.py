@@ -31,7 +31,8 @@ def box_iou(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> np.nd
     high = np.minimum(x[:, None, 2:], y[None, :, 2:])
     common = np.clip(high - low, 0, None).prod(-1)
     area_x, area_y = ((z[:, 2:] - z[:, :2]).prod(-1) for z in (x, y))
-    good = ((x[:, 2:] > x[:, :2]).all(-1))[:, None] & ((y[:, 2:] > y[:, :2]).all(-1))[None]
+    good_x, good_y = (np.asarray((z[:, 2:] > z[:, :2]).all(-1)) for z in (x, y))
+    good = good_x[:, None] & good_y[None]
     union = area_x[:, None] + area_y[None] - common
     return np.where(good & (union > 0), common / np.where(union > 0, union, 1.0), 0.0)
 

@@ -23,6 +23,7 @@ import torch
 
 from guerdon.errors import ConfigError, EngineError
 from guerdon.policies.direct import DirectTrunk, direct_trunk, is_plain
+from guerdon.policies.memory import return_freed
 from guerdon.policies.products import PackedWeight, pack
 from guerdon.rollout.kv import ATTENTION, RowGroups, SlotCache, attending
 from guerdon.rollout.protocol import Sampling
@@ -307,7 +308,10 @@ class Batch:
 
     def rest(self) -> None:
         """Give back what only speeds sampling up; called when no stream is open."""
+        held = self._packed_head is not None
         self._unpack()
+        if held:
+            return_freed()
 
     def drop(self, prefix: Prefix) -> None:
         """Free a prefix that no open stream begins with."""

@@ -193,4 +193,4 @@ def _seed_of(folder: Path) -> int:
 
 
 def _shuffled(folder: Path) -> bool:
-    return bool(_setting(folder, "data", "shuffled", default=False))
+    return bool(_setting(folder, "data", "shuffled", default=True))

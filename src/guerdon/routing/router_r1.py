@@ -28,7 +28,15 @@ from guerdon.routing.reward import HierarchicalReward
 from guerdon.training import OnlineConfig, OnlineTrainer
 from guerdon.types import Task, Trajectory, Usage
 
-__all__ = ["RoutedAnswer", "RouterR1", "RouterSettings", "choice_weights", "evaluate_router", "paper_config", "router_r1_train"]
+__all__ = [
+    "RoutedAnswer",
+    "RouterR1",
+    "RouterSettings",
+    "choice_weights",
+    "evaluate_router",
+    "paper_config",
+    "router_r1_train",
+]
 
 PROMPTS: Mapping[str, Callable[..., str]] = {"full": router_prompt, "compact": compact_prompt}
 _FILE = "router.json"

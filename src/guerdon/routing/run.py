@@ -45,8 +45,8 @@ class PolicyConfig(Config):
     lora: LoraConfig | None = None
     device: str = "auto"
     dtype: str = "auto"
-    hidden: Count = 192
-    layers: Count = 2
+    hidden: Count = 144
+    layers: Count = 3
     heads: Count = 2
     intermediate: Count = 384
     init_std: float = 0.06
@@ -103,17 +103,15 @@ class RouterConfig(Config):
 class WarmStartConfig(Config):
     """Supervised fine-tuning on scripted rollouts (world facts only)."""
 
-    rollouts: Count = 24_000
+    rollouts: Count = 12_000
     per_prompt: Count = 4
-    practice: Fraction = 0.5
-    drills: Fraction = 0.1
+    practice: Fraction = 0.4
+    drills: Fraction = 0.15
     sft: SftConfig = SftConfig(
-        steps=500,
+        steps=200,
         batch_size=48,
         max_tokens_per_microbatch=6000,
-        optimiser=OptimiserConfig(
-            lr=2e-3, schedule="cosine", warmup=40, final=0.05, weight_decay=0.01, betas=(0.9, 0.98)
-        ),
+        optimiser=OptimiserConfig(lr=3e-3, schedule="cosine", warmup=40, final=0.05, betas=(0.9, 0.95)),
     )
 
 
@@ -143,7 +141,7 @@ class RunConfig(Config):
     warm_start: WarmStartConfig | None = WarmStartConfig()
     online: OnlineConfig = OnlineConfig(
         algorithm="grpo",
-        steps=50,
+        steps=80,
         prompts_per_step=16,
         group_size=12,
         max_tokens=40,
@@ -305,8 +303,13 @@ class RouteRun:
             return
         self.say(f"writing {warm.rollouts:,} scripted rollouts (valid in form, random in choice)")
         data = prepared.testbed.scripts(
-            prepared.policy, warm.rollouts, per_prompt=warm.per_prompt, practice=warm.practice, drills=warm.drills,
-            prices=self.config.router.prices, seed=self.config.seed,
+            prepared.policy,
+            warm.rollouts,
+            per_prompt=warm.per_prompt,
+            practice=warm.practice,
+            drills=warm.drills,
+            prices=self.config.router.prices,
+            seed=self.config.seed,
         )
         sft = warm.sft.model_copy(update={"seed": self.config.seed})
         self.say(f"warm start: {sft.steps or 'all'} supervised steps")

@@ -182,7 +182,10 @@ class WorldFactsTestbed:
         env = self.env()
         while len(out) < n:
             if rng.random() < drills:
-                out.append(_drill(policy, lookup_drill([*names, *DOMAINS], NAMES, rng, prices=prices)))
+                # As many as a prompt has rollouts, so that the share is the stated one.
+                count = min(per_prompt, n - len(out))
+                drawn = (lookup_drill([*names, *DOMAINS], NAMES, rng, prices=prices) for _ in range(count))
+                out += [_drill(policy, drill) for drill in drawn]
                 continue
             kind = by_hops[int(rng.integers(2))]
             task = kind[int(rng.integers(len(kind)))]
@@ -235,8 +238,14 @@ class WorldFactsTestbed:
 
 
 def _drill(policy: Any, drill: Any) -> Trajectory:
-    pairs = [(("environment", cue), ("policy", answer)) for cue, answer in drill.lookups]
-    turns = tuple(Turn(speaker, text, tuple(policy.encode(text))) for pair in pairs for speaker, text in pair)
+    turns = tuple(
+        turn
+        for cue, answer in drill.lookups
+        for turn in (
+            Turn("environment", cue, tuple(policy.encode(cue))),
+            Turn("policy", answer, tuple(policy.encode(answer))),
+        )
+    )
     prompt_ids = tuple(policy.render([{"role": "user", "content": drill.roster}]))
     task = Task("drill", drill.roster, None)
     return Trajectory(task, turns, StopReason.DONE, prompt_ids=prompt_ids)

@@ -147,7 +147,7 @@ class _Zygote:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(package / "zygote.py"), str(package)],
-                stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd="/",
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd="/",
                 close_fds=True, start_new_session=True,
             )  # fmt: skip
         except OSError as error:

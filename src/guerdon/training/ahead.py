@@ -106,6 +106,4 @@ def start_ahead(
         make_engine=partial(make_engine, kind=settings.engine),
         resources=settings.sampler_resources,
     )
-    return Ahead(
-        fleet, trainer.tasks, drawn=drawn, seed=seed, staleness=settings.staleness, total=trainer.total
-    )
+    return Ahead(fleet, trainer.tasks, drawn=drawn, seed=seed, staleness=settings.staleness, total=trainer.total)

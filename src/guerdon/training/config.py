@@ -22,7 +22,16 @@ from guerdon.parts import Part, build
 from guerdon.parts import spec as part_spec
 from guerdon.training.presets import CREDIT_OF, TRAITS, Traits, fill
 
-__all__ = ["Config", "DistributedConfig", "EarlyStopConfig", "FilterConfig", "OnlineConfig", "OptimiserConfig", "SftConfig", "load_yaml"]
+__all__ = [
+    "Config",
+    "DistributedConfig",
+    "EarlyStopConfig",
+    "FilterConfig",
+    "OnlineConfig",
+    "OptimiserConfig",
+    "SftConfig",
+    "load_yaml",
+]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -170,7 +170,9 @@ class ProcessWorld(World):
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([p.grad for p, anywhere in zip(parameters, there.tolist(), strict=True) if anywhere]):
+        for bucket in _buckets(
+            [p.grad for p, anywhere in zip(parameters, there.tolist(), strict=True) if anywhere and p.grad is not None]
+        ):
             flat = torch.cat([g.reshape(-1) for g in bucket])
             self._all.all_reduce(flat)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):

@@ -98,7 +98,7 @@ class Run(ABC):
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`write` wrote."""
 
-    def before_save(self) -> None:
+    def before_save(self) -> None:  # noqa: B027  most runs have nothing to do here
         """Called in every process before the first one writes a checkpoint."""
 
     def warn(self, message: str) -> None:
@@ -222,7 +222,12 @@ class Run(ABC):
             raise ConfigError(f"two callbacks are called {repeated[0]!r}; give one of them another name=")
         if self.out is not None and self.checkpoints is not None:
             out, checkpoints = self.out, self.checkpoints
-            self.world.once(lambda: (self._claim(out), checkpoints.clean()))
+
+            def take() -> None:
+                self._claim(out)
+                checkpoints.clean()
+
+            self.world.once(take)
             found = self.world.once(checkpoints.latest)
             if found is not None:
                 self._resume(found)

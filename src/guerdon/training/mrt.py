@@ -149,7 +149,7 @@ class MrtTrainer(OnlineTrainer):
         rng = np.random.default_rng(seed)
         chosen = [self._choose(trace, rng) for trace in self.traces]
         parts = []
-        for terminated, size in ((False, self.config.group_size - self._stopping), (True, self._stopping)):
+        for terminated, size in ((False, self._settings.group_size - self._stopping), (True, self._stopping)):
             here = [
                 replace(task, meta={**task.meta, "cut": cut, "terminate": terminated})
                 for task, cut in zip(tasks, chosen, strict=True)

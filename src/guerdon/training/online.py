@@ -11,6 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,9 +136,7 @@ class OnlineTrainer(Run):
             from guerdon.training.ray_workers import RayReward
 
             settings = config.distributed
-            reward = self._workers = RayReward(
-                reward, settings.reward_workers, resources=settings.reward_resources
-            )
+            reward = self._workers = RayReward(reward, settings.reward_workers, resources=settings.reward_resources)
         self.policy = policy
         self.engine = engine
         self.environment = environment
@@ -310,7 +309,7 @@ class OnlineTrainer(Run):
             with phases("scoring"):
                 progress = Progress(self.step, self.total)
                 made, failed = self.world.once(
-                    lambda t=trajectories, p=progress: self._scorer(t, p, where=f"step {self.step + 1}")
+                    partial(self._scorer, trajectories, progress, where=f"step {self.step + 1}")
                 )
             groups += new
             scores += made

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from guerdon.errors import TrainingError
+from guerdon.policies.memory import return_freed
 from guerdon.training.config import OptimiserConfig
 from guerdon.training.sharded import gathered, is_sharded, sharded_like, whole_state
+
+# Parameters from which giving freed memory back is worth having it mapped again later.
+_WORTH_RETURNING = 1 << 23
 
 __all__ = ["Optimiser", "TrainingError", "require_finite"]
 
@@ -42,6 +46,7 @@ class Optimiser:
                     groups.append(
                         {"params": chosen, "peak": peak, "weight_decay": config.weight_decay if decayed else 0.0}
                     )
+        self._large = sum(p.numel() for g in groups for p in g["params"]) >= _WORTH_RETURNING
         devices = {p.device.type for g in groups for p in g["params"]}
         divided = any(is_sharded(p) for g in groups for p in g["params"])
         self._adamw = torch.optim.AdamW(
@@ -53,7 +58,7 @@ class Optimiser:
         self._adamw.zero_grad(set_to_none=True)
 
     def step(self, scale: float, *, where: str) -> dict[str, float]:
-        """Clip, check and apply the gradients.
+        """Clip, check and apply the gradients, and drop them.
 
         Args:
             scale: factor on every peak learning rate (the schedule).
@@ -65,10 +70,7 @@ class Optimiser:
         Raises:
             TrainingError: a norm is not finite; no parameter has been changed.
         """
-        norms: dict[str, Tensor] = {}
-        for name, parameters in self.sets.items():
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            norms[name] = gathered(torch.nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
+        norms = {name: _norm([p.grad for p in parameters]) for name, parameters in self.sets.items()}
         values = {name: float(norm) for name, norm in norms.items()}
         for name, value in values.items():
             if not value < float("inf"):
@@ -84,6 +86,10 @@ class Optimiser:
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * scale
         self._adamw.step()
+        # Sampling comes next, and they would take as much memory as the weights meanwhile.
+        self.zero_grad()
+        if self._large:
+            return_freed()
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,6 +107,11 @@ class Optimiser:
             for key, entry in state["state"].items()
         }
         self._adamw.load_state_dict({**state, "state": entries})
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> Tensor:
+    there = [g for g in gradients if g is not None]
+    return gathered(torch.nn.utils.get_total_norm(there)) if there else torch.zeros(())
 
 
 def require_finite(values: Tensor, *, where: str, what: str, advice: str = "") -> None:

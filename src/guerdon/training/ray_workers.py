@@ -102,12 +102,15 @@ class _Sampler:
             self._changed.notify_all()
         return self._version
 
-    async def play(self, unit: Unit, group_size: int) -> tuple[int, Group]:
-        """Play a unit; returns the version of the weights it was played with, and its group."""
+    async def play(self, unit: Unit, group_size: int, least: int) -> tuple[int, Group]:
+        """Play a unit; returns the version of the weights it was played with, and its group.
+
+        Calls may overtake one another on their way here, so a unit says which weights it waits for (``least``).
+        """
         from guerdon.rollout import rollout
 
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._loading)
+            await self._changed.wait_for(lambda: not self._loading and self._version >= least)
             self._playing += 1
             version = self._version
         try:
@@ -242,7 +245,7 @@ class Fleet:
         """Give a unit to the actor that has the fewest."""
         load = Counter(id(p.actor) for p in self._known.pending.values())
         pending.actor = min(self._actors, key=lambda actor: load[id(actor)])
-        pending.reference = pending.actor.play.remote(pending.unit, self._group_size)
+        pending.reference = pending.actor.play.remote(pending.unit, self._group_size, self.version)
         self._known.pending[pending.unit.key] = pending
 
     def _take(self, pending: _Pending) -> None:

@@ -74,6 +74,7 @@ class ShardedPolicy:
             fully_shard(layer, mesh=mesh)
         fully_shard(self._module, mesh=mesh)
         # Loss terms are normalised over all processes already, so gradients are added, not averaged.
+        module: Any
         for module in self._module.modules():
             if hasattr(module, "set_force_sum_reduction_for_comms"):
                 module.set_gradient_divide_factor(1.0)

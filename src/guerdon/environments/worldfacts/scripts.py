@@ -105,7 +105,10 @@ def scripted_rollout(
         skill = member.skill.domains[int(rng.integers(len(member.skill.domains)))]
         ask_text = f"try {skill} {member.name}" if compact else f"I try {member.name}, which knows {skill}."
         segments.append(
-            Segment("policy", f"<think> {_need(chain[k:], compact)} {ask_text} </think><search> {member.name} : {query} </search>")
+            Segment(
+                "policy",
+                f"<think> {_need(chain[k:], compact)} {ask_text} </think><search> {member.name} : {query} </search>",
+            )
         )
         reply = ask(member.name, query)
         segments.append(Segment("environment", wrap(reply)))
@@ -114,7 +117,9 @@ def scripted_rollout(
     if answer is None:
         answer = guesses[int(rng.integers(len(guesses)))]
     done = "done" if compact else "I answer."
-    segments.append(Segment("policy", f"<think> {_need(chain[calls:], compact)} {done} </think><answer> {answer} </answer>"))
+    segments.append(
+        Segment("policy", f"<think> {_need(chain[calls:], compact)} {done} </think><answer> {answer} </answer>")
+    )
     return segments
 
 

@@ -9,7 +9,24 @@ from guerdon.environments.worldfacts.pools import NAMES
 
 __all__ = ["vocabulary"]
 
-_GLUE = (" of", " :", " ,", " ;", " $", " .", " need", " try", " done", " nothing", " unknown", "=", "-", "\n\n", "Question:", "?")
+_GLUE = (
+    " of",
+    " :",
+    " ,",
+    " ;",
+    " $",
+    " .",
+    " need",
+    " try",
+    " done",
+    " nothing",
+    " unknown",
+    "=",
+    "-",
+    "\n\n",
+    "Question:",
+    "?",
+)
 
 
 def vocabulary(

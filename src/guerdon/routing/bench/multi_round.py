@@ -295,7 +295,7 @@ def _constant(testbed: RecordedTestbed, name: str) -> dict[str, Any]:
     return _row(f"constant: {name}", em, usd) | {"calls": 1.0, "shares": {name: 1.0}}
 
 
-def _row(name: str, em: Sequence[float], usd: Sequence[float]) -> dict[str, Any]:
+def _row(name: str, em: Any, usd: Any) -> dict[str, Any]:
     figure = bootstrap(np.asarray(em), lambda s: s[..., 0])
     money = float(np.mean(usd) * 1000)
     return {

@@ -171,7 +171,8 @@ def update_offline(
     Returns:
         Metrics of the update.
     """
-    config, phases = trainer.config, Phases(trainer.policy.device)
+    config: Any = trainer.config
+    phases = Phases(trainer.policy.device)
     experience = collect(groups, scores, mask_truncated=config.mask_truncated)
     mismatch = trainer.learner.prepare(experience, phases)
     streams = with_credit(credit)(experience, config)
