@@ -17,6 +17,7 @@ from guerdon.environments.gridworld_text import (
     State,
     TextGrid,
     act,
+    demonstration,
     describe,
     expert_action,
     grid_tasks,
@@ -247,3 +248,19 @@ def test_every_word_is_one_token():
     task = grid_tasks(1)[0]
     ids = tokenizer.encode(task.question, add_special_tokens=False)
     assert tokenizer.decode(ids) == task.question and len(ids) < 12
+
+
+def test_a_demonstration_is_what_the_environment_would_have_said():
+    class Characters:
+        def encode(self, text):
+            return [ord(c) for c in text]
+
+        def render(self, messages):
+            return self.encode(messages[-1]["content"])
+
+    task = Task("t", "go", "goal", {"layout": LAYOUT})
+    prompt, response, mask = demonstration(Characters(), task, SOLUTION)
+    _, seen = play(task, SOLUTION)
+    said = "".join(a + o.text for a, o in zip(SOLUTION, seen, strict=True))
+    assert "".join(map(chr, prompt)) == "go" and "".join(map(chr, response)) == said
+    assert "".join(chr(i) for i, m in zip(response, mask, strict=True) if m) == "".join(SOLUTION)

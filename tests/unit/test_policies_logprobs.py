@@ -224,6 +224,39 @@ def test_chunked_head_equals_log_softmax_in_float64(chunk: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 0])
+def test_a_head_that_is_one_matrix_equals_log_softmax_in_float64(chunk: int, entropy: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    states = torch.randn(23, 6, dtype=torch.float64, generator=rng, requires_grad=True)
+    head = torch.nn.Linear(6, 50, bias=False, dtype=torch.float64)
+    y = torch.randint(0, 50, (23,), generator=rng)
+    w, u = torch.randn(2, 23, dtype=torch.float64, generator=rng)
+    logprobs, spread = chunked_logprobs(
+        states, y, head, temperature=0.7, entropy=entropy, chunk_tokens=chunk, scale=0.5
+    )
+    logp = (0.5 * (states @ head.weight.t()) / 0.7).log_softmax(-1)
+    expected, expected_h = logp[torch.arange(23), y], -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(logprobs, expected, atol=1e-12, rtol=1e-12)
+    ours, theirs = (w * logprobs).sum(), (w * expected).sum()
+    assert (spread is None) == (not entropy)
+    if spread is not None:
+        torch.testing.assert_close(spread, expected_h, atol=1e-12, rtol=1e-12)
+        ours, theirs = ours + (u * spread).sum(), theirs + (u * expected_h).sum()
+    for a, b in zip(
+        torch.autograd.grad(ours, [states, head.weight]),
+        torch.autograd.grad(theirs, [states, head.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+    head.weight.requires_grad_(False)
+    (alone,) = torch.autograd.grad((w * chunked_logprobs(states, y, head, chunk_tokens=chunk)[0]).sum(), [states])
+    (right,) = torch.autograd.grad(
+        (w * (states @ head.weight.t()).log_softmax(-1)[torch.arange(23), y]).sum(), [states]
+    )
+    torch.testing.assert_close(alone, right, atol=1e-11, rtol=1e-11)
+
+
 def test_entropy_of_a_vocabulary_with_forbidden_entries_is_finite() -> None:
     class Masked(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,11 +284,12 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_no_tensor_of_tokens_by_vocabulary_exists_forward_or_backward(entropy: bool) -> None:
+def test_no_tensor_of_tokens_by_vocabulary_exists_forward_or_backward(entropy: bool, bias: bool) -> None:
     vocabulary, tokens, width, chunk = 5000, 400, 8, 20
     states = torch.randn(tokens, width, requires_grad=True)
-    head = torch.nn.Linear(width, vocabulary)
+    head = torch.nn.Linear(width, vocabulary, bias=bias)
     Largest.elements = 0
     with Largest():
         logprobs, spread = chunked_logprobs(

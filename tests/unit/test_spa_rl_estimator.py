@@ -12,7 +12,7 @@ import torch
 
 from guerdon.errors import ConfigError, DataError, RewardError, TrainingError
 from guerdon.policies import tiny_policy
-from guerdon.reward_models import PAPER_FIT, FitSettings, ProgressEstimator, ProgressReward, TurnReward
+from guerdon.reward_models import PAPER_FIT, FitSettings, ProgressEstimator, ProgressReward, SentencePairs, TurnReward
 from guerdon.types import Score, Segmenter, StopReason, Task, Trajectory, Turn
 
 torch.set_num_threads(1)
@@ -181,6 +181,18 @@ def test_an_encoder_learns_which_turns_earn():
     estimator = ProgressEstimator(Letters(), memory="none").fit(said, returns, QUICK)
     good, none = estimator.contributions(agent("good", "none", tokens=False)).tolist()
     assert good > 0.8 and abs(none) < 0.2
+
+
+def test_sentence_pairs_count_sentences_the_turn_and_both_together():
+    encoder = SentencePairs(100_003)
+    both, turn, other = encoder.encode(["key here. door east.\ntake key", "take key", "door east. key here.\ntake key"])
+    assert both.sum() == 5 and turn.sum() == 1, "two sentences, the turn, two pairs"
+    assert (both * turn).sum() == 1 and np.array_equal(both, other), "the order of sentences does not matter"
+    said, heard = encoder.encode(["go\nx", "x\ngo"])
+    assert (said * heard).sum() == 0, "what is said and what is heard are different features"
+    assert encoder.encode([]).shape == (0, 100_003)
+    with pytest.raises(ConfigError, match="width"):
+        SentencePairs(0)
 
 
 def test_what_cannot_be_trained_on_is_left_out_and_reported():

@@ -301,12 +301,10 @@ def test_scripts_are_valid_and_choose_uniformly(world: World, register: str) -> 
         for k, (segment, name) in enumerate(zip(segments[::2], asked, strict=False)):
             *needed, tried = read_descriptor(segment.text.partition("</think>")[0])
             skill = pool[names.index(name)].skill
-            assert tuple(needed) == domains[k:] and skill.knows(tried)
-            if needed:
-                competent.append((skill.knows(needed[0]), float(np.mean([e.skill.knows(needed[0]) for e in pool]))))
-                if skill.knows(needed[0]):
-                    matched.append((tried == needed[0], 1 / len(skill.domains)))
-        assert read_descriptor(segments[-1].text.partition("</think>")[0]) == domains[len(asked) :]
+            assert tuple(needed) == domains[min(k, len(domains) - 1) :] and skill.knows(tried)
+            competent.append((skill.knows(needed[0]), float(np.mean([e.skill.knows(needed[0]) for e in pool]))))
+            if skill.knows(needed[0]):
+                matched.append((tried == needed[0], 1 / len(skill.domains)))
         one_call.append((len(domains), len(asked) == 1))
         replies = [s.text.strip() for s in segments if s.speaker == "environment"]
         answers = [read_answer(r[len("<information>") : -len("</information>")]) for r in replies]
@@ -319,11 +317,11 @@ def test_scripts_are_valid_and_choose_uniformly(world: World, register: str) -> 
     total = sum(position.values())
     assert chisquare([position[k] for k in range(6)]).pvalue > 1e-3
     assert binomtest(general, total, 1 / 6).pvalue > 1e-3
-    # A coin after each call, whatever the question: half stop after one, a quarter after two, the rest after three.
-    assert chisquare([calls[k] for k in (1, 2, 3)], [1000, 500, 500]).pvalue > 1e-3
+    # One, two or three calls, whatever the question.
+    assert chisquare([calls[k] for k in (1, 2, 3)]).pvalue > 1e-3
     for hops in (1, 2):
         stopped = [one for h, one in one_call if h == hops]
-        assert binomtest(sum(stopped), len(stopped), 0.5).pvalue > 1e-3
+        assert binomtest(sum(stopped), len(stopped), 1 / 3).pvalue > 1e-3
     # The scripts are no more competent than members drawn blindly, and no thought prefers the skill that is needed.
     for pairs in (competent, matched):
         found, by_chance = np.mean(pairs, axis=0)
@@ -353,10 +351,7 @@ def test_without_a_reply_the_script_guesses(world: World) -> None:
     (only,) = scripted_rollout(
         task, pool, lambda n, q: "", rng, wrap=_wrap, min_calls=0, max_calls=0, guesses=("Peru",)
     )
-    needed = " , ".join(task.meta["domains"])
-    assert only.text == f"<think> need {needed} ; done </think><answer> Peru </answer>"
-    with pytest.raises(ConfigError, match=r"stop must be in \[0, 1\]"):
-        scripted_rollout(task, pool, lambda n, q: "", rng, wrap=_wrap, stop=1.5)
+    assert only.text == "<think> done </think><answer> Peru </answer>"
     with pytest.raises(ConfigError, match="min_calls"):
         scripted_rollout(task, pool, lambda n, q: "", rng, wrap=_wrap, min_calls=4)
     with pytest.raises(ConfigError, match="at least one pool member"):

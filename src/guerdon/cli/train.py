@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,8 @@ def train_command(
         f"{result.stopped} after step {result.step}; the policy is in {folder / 'policy'}, metrics in metrics.jsonl"
     )
     last = result.history[-1] if result.history else _last_row(folder)
-    emit(last, as_json=as_json, text=str(folder / "policy"))
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one answers
+        emit(last, as_json=as_json, text=str(folder / "policy"))
     raise typer.Exit(1 if result.stopped == "no_signal" else 0)
 
 
@@ -84,10 +86,13 @@ def _check_job(folder: Path, settings: Any) -> None:
 
 def _train(settings: Any, reward: Any, tasks: Any, held_out: Any, trackers: Any, folder: Path) -> Any:
     from guerdon.policies import LoraSpec, load_policy
-    from guerdon.rollout import TransformersEngine
     from guerdon.training import Console, HeldOut, OnlineTrainer, TrajectoryWriter
+    from guerdon.training.distributed import make_world
+    from guerdon.training.engines import make_engine
     from guerdon.training.job import make_environment, make_reward
 
+    # Before the policy, so that each process loads it on a GPU of its own.
+    main = make_world(settings.distributed).main
     spec = settings.policy
     lora = None if spec.lora is None else LoraSpec(spec.lora.r, spec.lora.alpha, 0.0, spec.lora.targets)
     ppo = settings.algorithm == "ppo"
@@ -100,7 +105,7 @@ def _train(settings: Any, reward: Any, tasks: Any, held_out: Any, trackers: Any,
         callbacks.append(TrajectoryWriter(folder / "trajectories.jsonl", every=settings.record_every))
     trainer = OnlineTrainer(
         policy,
-        TransformersEngine(policy),
+        make_engine(policy, kind=settings.distributed.engine),
         make_environment(settings.environment),
         tasks,
         reward,
@@ -115,7 +120,7 @@ def _train(settings: Any, reward: Any, tasks: Any, held_out: Any, trackers: Any,
         result = trainer.fit()
     finally:
         trainer.close()
-    if result.stopped != "interrupted":
+    if result.stopped != "interrupted" and main:
         policy.save(folder / "policy")
     return result
 

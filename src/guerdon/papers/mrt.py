@@ -253,7 +253,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-NOTES = ""
+NOTES = "one learning rate for all arms and one price per query, neither swept"
 
 PAPER = {
     "relative accuracy gain over the base, MRT against outcome RL": "2 to 3 times",

@@ -6,12 +6,13 @@ rejected. It explores; a progress estimator learns from what it found; then PPO 
 number of games in every arm. A seed draws demonstrations, base agent, exploration, estimator and PPO.
 
 The estimator sees each turn as text with the observation that it answers (sentence-action pairs) and has no memory over
-turns. With a memory (a recurrent network, or the agent's own trunk) it predicts returns better and says less: it puts
-everything on the turns from which the outcome can be foretold, which is the non-identifiability that the paper warns of.
+turns. In exploration a recurrent one predicted returns better and said less: it put everything on the turns from which
+the outcome can be foretold, which is the non-identifiability that the paper warns of.
 
 The weight of grounding is 0.5 in the paper. Here games end with success, so at 0.5 an agent earns more by playing valid
-actions to the limit than by reaching the goal, and PPO learns just that. Both arms with grounding use the better of the
-weights that were tried on other seeds; see the notes of the result.
+actions to the limit than by reaching the goal; in exploration (one seed, an easier version of this world) PPO learned just
+that in both arms with grounding. They use 0.02, which 20 executed actions cannot lift above one success. It was not
+swept, nor was the learning rate, which is the same in every arm.
 """
 
 from __future__ import annotations
@@ -287,7 +288,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-NOTES = ""
+NOTES = "one learning rate and one weight of grounding (0.02, not the paper's 0.5) for all arms, neither swept"
 
 PAPER = {
     "average success over WebShop, ALFWorld and VirtualHome, points over the best previous method": 2.5,

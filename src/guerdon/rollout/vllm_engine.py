@@ -7,6 +7,7 @@ only what is new is computed.
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from guerdon.errors import ConfigError, EngineError, MissingDependency
 from guerdon.rollout.protocol import Completion, Sampling
 from guerdon.rollout.text import TokenText
+from guerdon.rollout.vllm_weights import EXTENSION
 from guerdon.types import Message, StopReason, Usage
 
 __all__ = ["VllmEngine", "VllmStream"]
@@ -57,6 +59,7 @@ class VllmEngine:
                 f"got {options['logprobs_mode']!r}"
             )
         options.setdefault("enable_prefix_caching", True)
+        options.setdefault("worker_extension_cls", EXTENSION)
         if engine is None:
             arguments = AsyncEngineArgs(model=model, max_model_len=max_context, **options)
             engine = AsyncLLM.from_engine_args(arguments)
@@ -92,6 +95,24 @@ class VllmEngine:
     async def reset(self) -> None:
         """Forget cached prefixes, as is due after a change of the weights."""
         await self.engine.reset_prefix_cache()
+
+    async def update_weights(self, policy: Any) -> None:
+        """Give vLLM's workers the policy's weights, adapters merged, and forget what was computed with the old ones.
+
+        They go by files, which every worker must be able to read.
+
+        Raises:
+            EngineError: a worker took none.
+        """
+        with tempfile.TemporaryDirectory(prefix="guerdon-weights-") as folder:
+            policy.merged().model.save_pretrained(folder)
+            counts = await self.engine.collective_rpc("take_weights", args=(folder,))
+        if not counts or not all(counts):
+            raise EngineError(
+                f"vLLM's workers took {list(counts or ())} tensors of the new weights; "
+                "their disk must hold the folder of temporary files"
+            )
+        await self.reset()
 
     async def aclose(self) -> None:
         """Shut vLLM down. Idempotent."""

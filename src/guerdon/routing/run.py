@@ -141,7 +141,7 @@ class RunConfig(Config):
     warm_start: WarmStartConfig | None = WarmStartConfig()
     online: OnlineConfig = OnlineConfig(
         algorithm="grpo",
-        steps=80,
+        steps=60,
         prompts_per_step=16,
         group_size=12,
         max_tokens=40,

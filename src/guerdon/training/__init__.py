@@ -11,6 +11,7 @@ _HOME = {
     "Checkpoints": "checkpoint",
     "Config": "config",
     "Console": "callbacks",
+    "DistributedConfig": "config",
     "EarlyStop": "callbacks",
     "EarlyStopConfig": "config",
     "Evaluate": "callbacks",

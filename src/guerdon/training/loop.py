@@ -232,7 +232,7 @@ class Run(ABC):
             if found is not None:
                 self._resume(found)
             else:
-                for callback in self.callbacks:
+                for callback in self.callbacks if self.world.main else []:
                     callback.load_state_dict({})
         self._opened = True
 
@@ -240,7 +240,7 @@ class Run(ABC):
         self._refuse_other(found.meta.get("settings", {}), found.path)
         state = load_state(found.path / "state.pt")
         saved = state["callbacks"]
-        for callback in self.callbacks:
+        for callback in self.callbacks if self.world.main else []:
             callback.load_state_dict(saved.get(callback.name, {}))
         try:
             self.restore(found.path, state["loop"])

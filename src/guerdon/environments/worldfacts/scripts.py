@@ -1,11 +1,10 @@
 """Scripted rollouts for the supervised warm start: the right form, an arbitrary choice.
 
-The script asks a uniformly random member each time and tosses a coin after each call whether to stop, so the warm
-start teaches the protocol and nothing about whom to ask or when to stop. Each thought first says which skills the
-question still needs, as any language model would know them. Before a call it goes on with one skill of the member
-that is about to be asked, drawn without regard to the need. So "what is needed" and "who has this skill" are
-learnable from the scripts; that the two should agree, whom to prefer among several that know it, and that one stops
-when nothing is needed any more are left for reinforcement learning to find out.
+The script asks a uniformly random member each time and stops after a random number of calls, so the warm start teaches
+the protocol and nothing about whom to ask or when to stop. The thought before a call says which skills the question
+still needs, as any language model would know them, and then one skill of the member that is about to be asked, drawn
+without regard to the need. So "what is needed" and "who has this skill" are learnable from the scripts; that the two
+should agree, and whom to prefer among several that know it, are left for reinforcement learning to find out.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ def scripted_rollout(
     wrap: Callable[[str], str],
     max_calls: int = 3,
     min_calls: int = 1,
-    stop: float = 0.5,
     guesses: Sequence[str] = ("unknown",),
 ) -> list[Segment]:
     """Write one rollout.
@@ -72,33 +70,27 @@ def scripted_rollout(
         task: from :func:`~guerdon.environments.worldfacts.questions.make_tasks`.
         pool: members on offer.
         ask: ``ask(name, query)`` returns a member's reply.
-        rng: chooses members, thoughts, guesses and the number of calls.
+        rng: chooses members, thoughts, guesses and the number of calls (uniform in ``min_calls`` .. ``max_calls``).
         wrap: turns a reply into the observation that the environment would show.
         max_calls, min_calls: most and least calls.
-        stop: probability to stop after each call between the two, whatever the question.
         guesses: one of them is the answer where no reply holds any.
 
     Returns:
         Segments; policy segments together are valid under the format reward.
 
     Raises:
-        ConfigError: an empty pool, no guess, not 0 <= ``min_calls`` <= ``max_calls``, or ``stop`` outside [0, 1].
+        ConfigError: an empty pool, no guess, not 0 <= ``min_calls`` <= ``max_calls``.
     """
     if not pool or not guesses:
         raise ConfigError("a scripted rollout needs at least one pool member and one guess")
     if not 0 <= min_calls <= max_calls:
         raise ConfigError(f"min_calls and max_calls must be 0 <= min <= max, got {min_calls} and {max_calls}")
-    if not 0 <= stop <= 1:
-        raise ConfigError(f"stop must be in [0, 1], got {stop}")
     register: Register = task.meta["register"]
     compact = register == "compact"
     chain = task.meta["chain"]
-    calls = min_calls
-    while calls < max_calls and rng.random() >= stop:
-        calls += 1
     segments: list[Segment] = []
     subject, query, answer = chain[0].subject, "", None
-    for k in range(calls):
+    for k in range(int(rng.integers(min_calls, max_calls + 1))):
         if k < len(chain):
             query = sub_question(chain[k].relation, subject, register)
         member = pool[int(rng.integers(len(pool)))]
@@ -107,7 +99,7 @@ def scripted_rollout(
         segments.append(
             Segment(
                 "policy",
-                f"<think> {_need(chain[k:], compact)} {ask_text} </think><search> {member.name} : {query} </search>",
+                f"<think> {_need(chain[min(k, len(chain) - 1) :], compact)} {ask_text} </think><search> {member.name} : {query} </search>",
             )
         )
         reply = ask(member.name, query)
@@ -116,15 +108,12 @@ def scripted_rollout(
             answer = subject = read_answer(reply)
     if answer is None:
         answer = guesses[int(rng.integers(len(guesses)))]
-    done = "done" if compact else "I answer."
-    segments.append(
-        Segment("policy", f"<think> {_need(chain[calls:], compact)} {done} </think><answer> {answer} </answer>")
-    )
+    done = "done" if compact else "I have what I need."
+    segments.append(Segment("policy", f"<think> {done} </think><answer> {answer} </answer>"))
     return segments
 
 
 def _need(rest: Sequence[Hop], compact: bool) -> str:
     """What the question still needs."""
-    if compact:
-        return f"need {' , '.join(hop.domain for hop in rest) or 'nothing'} ;"
-    return f"This still needs {' and then '.join(hop.domain for hop in rest) or 'nothing'}."
+    domains = [hop.domain for hop in rest]
+    return f"need {' , '.join(domains)} ;" if compact else f"This needs {' and then '.join(domains)}."
