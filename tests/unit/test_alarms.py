@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,10 @@ from guerdon.errors import ConfigError, DataError, TrainingError
 from guerdon.evaluation import SIGNALS, Alarm, Signal, alarm_callbacks, calibrate, evaluate_alarm
 from guerdon.evaluation.alarms import THRESHOLDS, Calibration, detect
 from guerdon.evaluation.signals import first_ring, worst
+from guerdon.policies import tiny_policy
+from guerdon.rollout import TransformersEngine
+from guerdon.training import OnlineConfig, OnlineTrainer
+from guerdon.training.toys import SaidIt, Say, toy_tasks, toy_texts
 
 LEVEL = Signal("level", ("x",), lambda start, now: now["x"] - start["x"], "x has risen")
 
@@ -227,3 +233,26 @@ def test_defaults_cover_the_four_alarms_and_the_list_is_ready_for_a_trainer():
         alarm_callbacks(["kl"], thresholds={"length": 3.0})
     calibrated = Alarm.of(Calibration("kl", 4.0, 3, 5, 19, 0.05), action="raise")
     assert (calibrated.threshold, calibrated.patience, calibrated.baseline) == (4.0, 3, 5)
+
+
+def test_the_default_thresholds_are_those_that_were_recorded():
+    path = Path(__file__).parents[2] / "results" / "bench" / "alarms.json"
+    if not path.is_file():
+        pytest.skip("results/bench/alarms.json is not in this checkout")
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    assert {name: recorded["thresholds_from_all_healthy_runs"][name] for name in THRESHOLDS} == THRESHOLDS
+    assert recorded["patience"] == 2 and recorded["baseline_rows"] == 3
+
+
+def test_a_real_run_has_levels_in_its_rows_and_can_be_stopped():
+    policy = tiny_policy(texts=toy_texts(), hidden=16, layers=1, heads=2)
+    config = OnlineConfig(steps=6, prompts_per_step=2, group_size=4, max_tokens=2, kl_coef=0.01, optimiser={"lr": 1e-3})
+    callbacks = alarm_callbacks(["kl", "length", "hacking"], thresholds={"length": -1.0}, action="stop")
+    trainer = OnlineTrainer(
+        policy, TransformersEngine(policy), Say(), toy_tasks(4), SaidIt(0.5), config, callbacks=callbacks
+    )
+    made = trainer.fit()
+    trainer.close()
+    assert made.step == 5 and made.stopped == "alarm length"  # three rows of baseline, then two above
+    assert "alarm/length" not in made.history[2] and made.history[4]["alarm/length/on"] == 1.0
+    assert all(key in made.history[4] for key in ("alarm/kl", "alarm/hacking", "monitor/proxy"))

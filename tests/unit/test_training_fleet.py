@@ -131,10 +131,12 @@ def units(count: int, step: int = 0) -> list[Unit]:
 @given(
     st.integers(1, 12),
     st.integers(1, 4),
-    st.lists(st.one_of(st.none(), st.integers(2, 6)), max_size=4),
+    st.lists(st.one_of(st.none(), st.integers(2, 6)), max_size=2),
     st.integers(0, 10**6),
 )
-def test_whatever_dies_every_unit_arrives_exactly_once(count: int, size: int, deaths: list[Any], seed: int) -> None:
+def test_whatever_dies_every_unit_arrives_exactly_once(
+    count: int, size: int, deaths: list[Any], seed: int
+) -> None:  # a third death would end it, see below
     with pytest.MonkeyPatch.context() as monkeypatch:
         ray = MadeUpRay(seed, tuple(deaths))
         fleet = fleet_on(monkeypatch, ray, size)
