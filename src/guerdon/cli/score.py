@@ -16,7 +16,7 @@ __all__ = ["score_command"]
 
 @guarded
 def score_command(
-    rewards: Annotated[Path, typer.Argument(help="YAML with a reward: a name, a mapping, or a list that is added.")],
+    rewards: Annotated[Path, typer.Argument(help="YAML; its key reward holds a name, a mapping, or a list to add up.")],
     source: Annotated[
         Path | None, typer.Argument(help="JSONL, CSV or Parquet; standard input (JSONL) without.")
     ] = None,
