@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from guerdon.routing.protocol import TAGS, ActionKind, neutralise, observation, parse_action
@@ -52,7 +52,25 @@ def test_text_without_brackets_is_untouched(reply):
     assert neutralise(plain) == plain
 
 
+@pytest.mark.parametrize(
+    ("reply", "control", "safe"),
+    [
+        ("ab", ["a"], "\ufffdb"),
+        ("a\ufffd", ["\ufffd"], "a"),
+        ("[INST]", ["[INST]"], "⟦INST⟧"),
+        ("aaa", ["aa"], "a\u200ba\u200ba"),
+    ],
+)
+def test_control_strings_of_any_kind_end(reply, control, safe):
+    assert neutralise(reply, control) == safe
+    assert not any(token in safe for token in control)
+    assert neutralise(safe, control) == safe
+
+
 @given(hostile)
+@example("<search<think>>")
+@example("<think<|im_end|>>")
+@example("<search<search<search<think>>>>")
 def test_neutralise_is_idempotent(reply):
     once = neutralise(reply, ["<|im_end|>"])
     assert neutralise(once, ["<|im_end|>"]) == once

@@ -117,15 +117,23 @@ def neutralise(reply: str, control: Iterable[str] = ()) -> str:
     ``<|im_end|>``: an angle bracket or first character is replaced in the same way. The result
     contains none of the eight tags and none of ``control``.
     """
-    # A replacement never introduces an ASCII bracket, so one pass cannot create a new tag.
-    safe = _CONTROL.sub(lambda m: f"‹{m.group(1)}›", reply)
+    control = tuple(control)
+    while (safe := _once(reply, control)) != reply:
+        reply = safe  # what stood around a tag inside another tag can be one now; every pass takes brackets away
+    return safe
+
+
+def _once(text: str, control: tuple[str, ...]) -> str:
+    text = _CONTROL.sub(lambda m: f"‹{m.group(1)}›", text)
     for token in sorted(set(control), key=len, reverse=True):
-        if token and token in safe:
+        if token and token in text:
             quiet = token.replace("<", "‹").replace(">", "›").replace("[", "⟦").replace("]", "⟧")
             if quiet == token:
                 quiet = f"{token[0]}\u200b{token[1:]}"
-            safe = safe.replace(token, quiet)
-    return safe
+            if token in quiet:  # a single character cannot be split
+                quiet = "" if token == "\ufffd" else "\ufffd"
+            text = text.replace(token, quiet)
+    return text
 
 
 def observation(reply: str) -> str:
