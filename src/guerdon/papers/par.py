@@ -18,6 +18,7 @@ keeps more gold. Divided by the group's deviation, PAR is hacked like the rest.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,8 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     try:
         shown = [c.to_dict() for (arm, _), c in curves.items() if arm in CORE or arm in ("minmax", "lsc")]
         plot_hack_curves(shown, out / "curves.png", gold="gold_win", title="A proxy that can be hacked, shaped or not")
-    except MissingDependency:
-        pass  # the figure is an extra; curves.json has everything
+    except MissingDependency as error:
+        print(f"no figure ({error}); curves.json has everything", file=sys.stderr)
     claims, measured = judge(curves, list(seeds), asserted=scale != "smoke")
     measured["proxy accuracy on fresh pairs of the warm policy"] = [made["accuracy"] for _, made in tests.values()]
     duration = seconds + sum(row["seconds"] for row in [*rows.values(), *(made for _, made in tests.values())])
