@@ -208,24 +208,48 @@ def bench_command(
     ] = None,
     second: Annotated[Path | None, typer.Option(help="A second file, where the format needs one (gsm8k).")] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the bootstrap.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and frontier.png.")] = None,
+    router_r1: Annotated[
+        bool,
+        typer.Option(
+            "--router-r1", help="Also train Router-R1 over the recorded replies, in several rounds (gsm8k format)."
+        ),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json, router_r1.json and frontier.png.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train and compare single-round routers on recorded answers: quality, cost, frontier, arena, optimality, AIQ, APGR.
 
     Example: guerdon route bench answers.csv --out runs/bench
     """
+    from guerdon.errors import ConfigError
     from guerdon.report.table import plain_table
     from guerdon.routing.bench import run_bench_from_files
 
+    if router_r1 and (format != "gsm8k" or second is None):
+        raise ConfigError("--router-r1 replays recorded GSM8K replies: give --format gsm8k and --second FILE")
     if out is not None:
         fresh_or_resumable(out)
     result = run_bench_from_files(path, format=format, pool=pool, second=second, out=out, seed=seed)
+    rounds = None
+    if router_r1:
+        from guerdon.routing.bench.multi_round import run_multi_round
+
+        assert second is not None
+        rounds = run_multi_round(path, second, seed=seed, say=progress)
+        if out is not None:
+            text = json.dumps(rounds, indent=1, ensure_ascii=False, default=float)
+            (out / "router_r1.json").write_text(text + "\n", encoding="utf-8")
     if as_json:
-        emit(result.to_json(), as_json=True)
+        value = result.to_dict()
+        emit(value if rounds is None else {**value, "router_r1": rounds}, as_json=True)
         return
     headers, rows = result.table()
     print(plain_table(headers, rows))
+    if rounds is not None:
+        from guerdon.routing.bench.multi_round import rounds_table
+
+        print()
+        print(plain_table(*rounds_table(rounds)))
 
 
 def _serve() -> None:

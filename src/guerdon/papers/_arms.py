@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -53,14 +54,40 @@ def kept(path: Path, work: Callable[[], Row]) -> Row:
 def run_arms(
     out: Path, arms: Sequence[str], seeds: Sequence[int], work: Callable[[str, int], Row]
 ) -> dict[tuple[str, int], Row]:
-    """``work(arm, seed)`` for all, one after the other; finished ones in ``out`` are not run again."""
+    """``work(arm, seed)`` for all; finished ones in ``out`` are not run again.
+
+    Arms run in as many processes as there are cores to run on, one thread each: small models gain nothing from a
+    second thread. ``work`` is a module's function, or a ``partial`` of one. The first arm runs here, so that what
+    all share (warm starts kept in ``out``) is mostly made once it is done.
+    """
+    jobs = [(out, work, arm, seed) for seed in seeds for arm in arms]
     results = {}
-    for seed in seeds:
-        for arm in arms:
-            name = "".join(c if c.isalnum() else "-" for c in arm)
-            row = results[arm, seed] = kept(out / "arms" / f"{name}-{seed}.json", lambda a=arm, s=seed: work(a, s))  # type: ignore[misc]
-            print(f"{arm}, seed {seed}: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+    def done(job: tuple[Any, ...], row: Row) -> None:
+        results[job[2], job[3]] = row
+        print(f"{job[2]}, seed {job[3]}: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+    workers = min(len(jobs) - 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    if jobs:
+        done(jobs[0], _job(*jobs[0]))
+    if workers < 2:
+        for job in jobs[1:]:
+            done(job, _job(*job))
+        return results
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for job, row in zip(jobs[1:], pool.imap(_packed, jobs[1:]), strict=True):
+            done(job, row)
     return results
+
+
+def _job(out: Path, work: Callable[[str, int], Row], arm: str, seed: int) -> Row:
+    name = "".join(c if c.isalnum() else "-" for c in arm)
+    return kept(out / "arms" / f"{name}-{seed}.json", lambda: work(arm, seed))
+
+
+def _packed(job: tuple[Any, ...]) -> Row:
+    with one_thread():
+        return _job(*job)
 
 
 def train(

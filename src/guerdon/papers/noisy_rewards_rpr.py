@@ -1,10 +1,9 @@
 """Noisy rewards and the reasoning pattern reward (arXiv 2505.22653): how wrong may a reward be, and what needs no key?
 
 Testbed: chains of four additions and subtractions, answered in a box. The base policy can reason and seldom
-does: in 80% of its corpus it guesses at once (wrong eight times in ten: with six in ten, a guess was as good as a worked
-solution of a policy this small), in 20% it works step by step, rightly, with marker words ("first, ", "therefore "). The
-weak base has only the guesses. The noisy reward model is a logistic regression on
-character n-grams of few graded solutions. Run it with ``guerdon reproduce noisy-rewards-rpr``.
+does: in 80% of its corpus it guesses at once (wrong nine times in ten, which is chance), in 20% it works step by step,
+rightly, with marker words ("first, ", "therefore "). The weak base has only the guesses. The noisy reward model is a
+logistic regression on character n-grams of few graded solutions. Run it with ``guerdon reproduce noisy-rewards-rpr``.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ MAX_TOKENS = 56
 SPEC = Spec((4, 4), high=10, operand=5)
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 200, "sft": 3, "steps": 2, "prompts": 2, "tasks": 20, "test": 10, "graded": 10},
-    "cpu": {"examples": 20_000, "sft": 700, "steps": 50, "prompts": 16, "tasks": 600, "test": 200, "graded": 60},
+    "cpu": {"examples": 20_000, "sft": 700, "steps": 80, "prompts": 64, "tasks": 2500, "test": 200, "graded": 60},
     "gpu": {"examples": 40_000, "sft": 1500, "steps": 150, "prompts": 64, "tasks": 5000, "test": 500, "graded": 60},
 }
-ARMS = ("base", "p = 0", "p = 0.2", "p = 0.4", "p = 0.5", "p = 0.4, pattern reward for wrong", "pattern reward alone",
-        "random", "noisy model", "noisy model, calibrated", "weak base", "weak, pattern reward alone")  # fmt: skip
+ARMS = ("base", "p = 0", "p = 0.2", "p = 0.4", "p = 0.5", "pattern reward alone", "random", "noisy model",
+        "noisy model, calibrated", "weak base", "weak, pattern reward alone")  # fmt: skip
 
 
 def pattern(**settings: Any) -> PhraseReward:
@@ -104,7 +103,8 @@ class NgramModel(Reward):
 
 def base_policy(scale: str, out: Path, *, weak: bool) -> Any:
     """The policy that arms start from."""
-    guess = Style(steps=False, error=0.8, answer="boxed")
+    # With 0.9 wrong a right guess is no likelier than any other number, greedily as well.
+    guess = Style(steps=False, error=0.9, answer="boxed")
     mix = {guess: 1.0} if weak else {guess: 0.8, Style(markers=0.8, answer="boxed"): 0.2}
     size = SIZES[scale]
     return warm_start(mix, spec=SPEC, folder=out / "warm", examples=size["examples"], steps=size["sft"])
@@ -113,8 +113,7 @@ def base_policy(scale: str, out: Path, *, weak: bool) -> Any:
 def parts_of(arm: str, seed: int, model: NgramModel) -> dict[str, Any]:
     """Reward and shape of an arm."""
     if arm.startswith("p = "):
-        wrong = pattern() if "wrong" in arm else None
-        return {"reward": BoxedMatch(), "shape": FlipScores(float(arm[4:7].rstrip(",")), seed, wrong=wrong)}
+        return {"reward": BoxedMatch(), "shape": FlipScores(float(arm[4:]), seed)}
     if arm.startswith("noisy"):
         shape = CalibrateLow(pattern()).scores if "calibrated" in arm else None
         return {"reward": model, "shape": shape}
@@ -143,10 +142,9 @@ def run(scale: str, out: Path, model: NgramModel, arm: str, seed: int) -> dict[s
         settings = {
             "steps": size["steps"],
             "prompts_per_step": size["prompts"],
-            "group_size": 8,
+            "group_size": 4,
             "max_tokens": MAX_TOKENS,
-            "optimiser": {"lr": 2e-4, "schedule": "linear"},
-            "kl_coef": 0.05,
+            "optimiser": {"lr": 3e-4, "schedule": "linear"},
             "seed": seed,
             "eval_every": every,
         }
@@ -203,7 +201,13 @@ def judge(results: Mapping[tuple[str, int], Any], seeds: Sequence[int], *, asser
     ]  # fmt: skip
 
 
-NOTES = "accuracy is greedy on held-out chains; the peak is over four readings in the course of training"
+NOTES = (
+    "accuracy is greedy on held-out chains; the peak is over four readings in the course of training. With 40% of the "
+    "groups flipped a fifth of the signal is left and all of the noise, so that it takes many prompts a step. Tried before "
+    "on 16 prompts of 8 samples, 50 steps, a KL penalty of 0.05 (the paper has none) and a base whose guesses were right "
+    "four times in ten: 0.42 against 0.98 with clean rewards. Learning rates 2e-4 (too little moves), 3e-4, 5e-4 and 1e-3 "
+    "(the 40% arm sinks below its base) were compared on other seeds, with the clean arm at 1.0 for each"
+)
 
 PAPER = {
     "MATH-500, Qwen2.5-7B: clean, 40% flipped, 50% flipped": [75.85, 72.02, "collapse"],

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,12 @@ def prepare(out: Path, scale: str, seed: int) -> tuple[Any, dict[str, Any]]:
     return letter_hack_test(policy, BradleyTerry.load(folder), settings={"steps": size["steps"]}, **sizes), row
 
 
-def run_arm(arm: str, seed: int, test: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+def run_arm(out: Path, scale: str, arm: str, seed: int) -> dict[str, Any]:
     """Train one arm: its curve, and under ``rows`` the monitors of every step, which alarms are calibrated on."""
     from guerdon.evaluation import Monitors, RowKeeper
     from guerdon.shaping import shaped
 
+    test, made = prepare(out, scale, seed)
     settings = dict({**CORE, **OTHERS}[arm])
     changes, reward = settings.pop("settings", {}), test.gold if settings.pop("gold", False) else None
     shape = shaped(settings.pop("method"), made["references"], **settings)
@@ -115,14 +117,10 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
 
     scale = require_scale(scale)
     out = Path(out)
-    tests: dict[int, tuple[Any, dict[str, Any]]] = {}
-
-    def work(arm: str, seed: int) -> dict[str, Any]:
-        return run_arm(arm, seed, *tests[seed])
-
+    work = partial(run_arm, out, scale)
     with one_thread():
         seconds = warm_start(out, scale)
-        tests = {seed: prepare(out, scale, seed) for seed in seeds}
+        prepared = {seed: prepare(out, scale, seed)[1] for seed in seeds}
         rows = run_arms(out, list(CORE), seeds, work)
         if scale != "smoke":
             rows |= run_arms(out, list(OTHERS), list(seeds)[:3], work)
@@ -134,8 +132,8 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     except MissingDependency as error:
         print(f"no figure ({error}); curves.json has everything", file=sys.stderr)
     claims, measured = judge(curves, list(seeds), asserted=scale != "smoke")
-    measured["proxy accuracy on fresh pairs of the warm policy"] = [made["accuracy"] for _, made in tests.values()]
-    duration = seconds + sum(row["seconds"] for row in [*rows.values(), *(made for _, made in tests.values())])
+    measured["proxy accuracy on fresh pairs of the warm policy"] = [made["accuracy"] for made in prepared.values()]
+    duration = seconds + sum(row["seconds"] for row in [*rows.values(), *prepared.values()])
     return Result(
         "par", scale, tuple(seeds), tuple(claims), PAPER, measured, environment(), duration,
         notes="one warm start for all; a seed draws the proxy and the RL run; intervals over seeds and held-out prompts; "

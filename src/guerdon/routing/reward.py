@@ -12,6 +12,7 @@ from typing import Any
 
 from guerdon.errors import ConfigError
 from guerdon.rewards import ExactMatch, Reward, RouterFormat, TokenF1
+from guerdon.rewards.base import Progress
 from guerdon.types import Score, Trajectory
 
 __all__ = ["HierarchicalReward", "router_reward"]
@@ -31,6 +32,9 @@ class HierarchicalReward(Reward):
         alpha: weight of the cost term in [0, 1].
         gate_wrong: pay the cost term only where the outcome is positive. ``False`` is the sum as the
             paper writes it, and the ablation.
+        alpha_after, alpha_ramp: training steps at ``alpha`` 0, and steps over which it then rises linearly to its
+            value (ours: a price on calls before several calls pay off teaches to call once; docs/decisions/006).
+            0 and 0 are the paper's constant. Scores outside training use ``alpha`` itself.
     """
 
     def __init__(
@@ -41,19 +45,37 @@ class HierarchicalReward(Reward):
         alpha: float = 0.0,
         *,
         gate_wrong: bool = True,
+        alpha_after: int = 0,
+        alpha_ramp: int = 0,
         name: str = "router",
     ) -> None:
         super().__init__(name=name)
         if not 0.0 <= alpha <= 1.0:
             raise ConfigError(f"alpha must be in [0, 1], got {alpha}")
+        if alpha_after < 0 or alpha_ramp < 0:
+            raise ConfigError(f"alpha_after and alpha_ramp must be >= 0 steps, got {alpha_after} and {alpha_ramp}")
         if cost is None:
             from guerdon.shaping import RunningPercentileCost
 
             cost = RunningPercentileCost()
         self.gate, self.outcome, self.cost, self.alpha, self.gate_wrong = gate, outcome, cost, alpha, gate_wrong
+        self.alpha_after, self.alpha_ramp = alpha_after, alpha_ramp
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+    def alpha_at(self, progress: Progress | None) -> float:
+        """The cost coefficient at a point of training; the final one where there is none."""
+        if progress is None:
+            return self.alpha
+        if progress.step < self.alpha_after:
+            return 0.0
+        # The first step of the ramp already counts: step alpha_after + alpha_ramp - 1 has the full weight.
+        return self.alpha * min(1.0, (progress.step - self.alpha_after + 1) / max(1, self.alpha_ramp))
+
+    def score(self, trajectories: Sequence[Trajectory], progress: Progress | None = None) -> list[Score]:
         """Score a batch; the cost window is advanced by every trajectory, gated or not.
+
+        Args:
+            trajectories: with ``info["raw_cost"]``.
+            progress: where training is, for the schedule of ``alpha``.
 
         Returns:
             Scores with the parts ``format``, ``outcome``, ``cost`` and ``raw_cost``.
@@ -71,7 +93,7 @@ class HierarchicalReward(Reward):
             torch.tensor([0.0 if i else g.value for g, i in zip(gate, invalid, strict=True)], dtype=torch.float64),
             torch.tensor([0.0 if i else o.value for o, i in zip(outcome, invalid, strict=True)], dtype=torch.float64),
             torch.tensor(cost, dtype=torch.float64),
-            self.alpha,
+            self.alpha_at(progress),
             gate_wrong=self.gate_wrong,
         ).tolist()
         return [
@@ -98,6 +120,8 @@ def router_reward(
     resolver: Any = None,
     gate_format: bool = True,
     gate_wrong: bool = True,
+    alpha_after: int = 0,
+    alpha_ramp: int = 0,
     cost: Any = None,
 ) -> HierarchicalReward:
     """The paper's reward with its defaults.
@@ -110,6 +134,7 @@ def router_reward(
         resolver: maps a written name to a member name or ``None``; replaces exact matching.
         gate_format: off for the ablation without the format reward.
         gate_wrong: off for the ablation that pays the cost term for wrong answers too.
+        alpha_after, alpha_ramp: schedule of ``alpha``; see :class:`HierarchicalReward`.
         cost: the normaliser of raw costs; a fresh :class:`RunningPercentileCost` by default.
 
     Raises:
@@ -119,4 +144,6 @@ def router_reward(
     if metric not in outcomes:
         raise ConfigError(f"metric must be 'em' or 'f1', got {metric!r}")
     gate = RouterFormat(members=members, resolver=resolver) if gate_format else None
-    return HierarchicalReward(gate, outcomes[metric](), cost, alpha, gate_wrong=gate_wrong)
+    return HierarchicalReward(
+        gate, outcomes[metric](), cost, alpha, gate_wrong=gate_wrong, alpha_after=alpha_after, alpha_ramp=alpha_ramp
+    )

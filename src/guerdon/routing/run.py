@@ -10,7 +10,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from guerdon.errors import ConfigError, DataError
 from guerdon.routing.evaluate import RouterMetrics
@@ -78,12 +80,21 @@ class DataConfig(Config):
 
 
 class RewardConfig(Config):
-    """The reward; see :func:`guerdon.routing.reward.router_reward`."""
+    """The reward; see :func:`guerdon.routing.reward.router_reward`.
+
+    Args:
+        alpha: weight of the cost term.
+        metric: of the outcome.
+        gate_format, gate_wrong: the hierarchy; off for ablations.
+        alpha_after, alpha_ramp: training steps at alpha 0, and steps over which it then rises to ``alpha``.
+    """
 
     alpha: Fraction = 0.0
     metric: Literal["em", "f1"] = "em"
     gate_format: bool = True
     gate_wrong: bool = True
+    alpha_after: Annotated[int, Field(ge=0)] = 0
+    alpha_ramp: Annotated[int, Field(ge=0)] = 0
 
 
 class RouterConfig(Config):

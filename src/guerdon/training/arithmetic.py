@@ -5,9 +5,10 @@ Arms of an experiment share one warm start: the first caller trains it (seconds 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,6 @@ def warm_start(
         seed: of weights, scripts and the order of training.
         model: of :func:`arithmetic_policy`.
     """
-    from guerdon.training.sft import SftTrainer
-
     spec = spec or Spec()
     shares = dict(mix) if isinstance(mix, Mapping) else {mix: 1.0}
     named = [(s if isinstance(s, Style) else STYLES.get(s, s), share) for s, share in shares.items()]
@@ -85,9 +84,43 @@ def warm_start(
         "model": model,
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode()).hexdigest()[:16]
-    target = None if folder is None else Path(folder) / f"arithmetic-{name}"
-    if target is not None and target.is_dir():
+    if folder is not None:
+        target = Path(folder) / f"arithmetic-{name}"
+        with locked(target):
+            if not target.is_dir():
+                _trained(shares, spec, examples, steps, batch_size, lr, max_tokens, tasks, seed, model).save(target)
         return Policy.load(target, device="cpu")
+    return _trained(shares, spec, examples, steps, batch_size, lr, max_tokens, tasks, seed, model)
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock file beside ``target``, so that of several processes one makes it and the others wait."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(target.name + ".lock"), "w") as file:
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: arms may then make the same thing twice
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _trained(
+    shares: Mapping[Style | str, float],
+    spec: Spec,
+    examples: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    max_tokens: int | None,
+    tasks: Sequence[Task] | None,
+    seed: int,
+    model: Mapping[str, Any],
+) -> Policy:
+    from guerdon.training.sft import SftTrainer
+
     policy = arithmetic_policy(spec, seed=seed, **model)
     data = scripts(policy, examples, shares, tasks=tasks, spec=spec, max_tokens=max_tokens, seed=seed)
     config = SftConfig(
@@ -98,8 +131,6 @@ def warm_start(
     )
     SftTrainer(policy, data, config).fit()
     policy.model.eval()
-    if target is not None:
-        policy.save(target)
     return policy
 
 

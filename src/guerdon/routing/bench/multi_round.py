@@ -33,7 +33,7 @@ from guerdon.routing.pool import Pool
 from guerdon.routing.recorded import RecordedBackend
 from guerdon.types import StopReason, Task, Trajectory, Turn
 
-__all__ = ["RecordedTestbed", "final_number", "gsm8k_golds", "run_multi_round"]
+__all__ = ["RecordedTestbed", "final_number", "gsm8k_golds", "rounds_table", "run_multi_round"]
 
 _NUMBER = re.compile(r"-?\$?\s?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 WORD = "question"
@@ -128,27 +128,39 @@ class RecordedTestbed:
         numbers = {text[2:] for r in self.replies.values() for q, (text, _) in r.items() if q in seen}
         return (*self.short.values(), *(f" {n}" for n in sorted(numbers)), *(str(k) for k in range(10)))
 
-    def policy(self, *, hidden: int = 128, layers: int = 2, seed: int = 0) -> Any:
-        """An untrained policy that knows the words of the training questions."""
+    def policy(self, *, hidden: int = 144, layers: int = 3, seed: int = 0) -> Any:
+        """An untrained policy that knows the words of the training questions and can already look back."""
         from guerdon.policies import tiny_policy, train_bpe
 
         words = self.words
         texts = [t.question for t in self.train]
         tokenizer = train_bpe(texts, 256 + 16 + len(words) + 1200, words=words)
-        return tiny_policy(tokenizer, hidden=hidden, layers=layers, heads=4, max_context=768, seed=seed, init_std=0.088)
+        return tiny_policy(
+            tokenizer,
+            hidden=hidden,
+            intermediate=384,
+            layers=layers,
+            heads=2,
+            init="recall",
+            max_context=768,
+            seed=seed,
+        )
 
-    def scripts(self, policy: Any, n: int, *, seed: int = 0) -> list[Trajectory]:
+    def scripts(self, policy: Any, n: int, *, per_prompt: int = 4, seed: int = 0) -> list[Trajectory]:
         """Valid in form, random in choice: 1 to 3 calls of random members, the answer of a random call.
 
-        In half of them the replies are random numbers, so that copying does not depend on the question.
+        In half of them the replies are random numbers, so that copying does not depend on the question. Each question
+        drawn has ``per_prompt`` scripts, which share its computation in training.
         """
         rng = np.random.default_rng([seed, 31])
         names = [m.name for m in self.members]
         numbers = [w.strip() for w in self.words if w.startswith(" ")]
         out: list[Trajectory] = []
-        for _ in range(n):
-            task = self.train[int(rng.integers(len(self.train)))]
-            prompt_ids = tuple(policy.render([{"role": "user", "content": self.prompt(task.question, self.members)}]))
+        for k in range(n):
+            if k % per_prompt == 0:
+                task = self.train[int(rng.integers(len(self.train)))]
+                shown = self.prompt(task.question, self.members)
+                prompt_ids = tuple(policy.render([{"role": "user", "content": shown}]))
             practice = rng.random() < 0.5
             turns: list[Turn] = []
             said: list[str] = []
@@ -220,7 +232,7 @@ def run_multi_round(
     say(f"warm start: {rollouts} scripts, {sft_steps} steps")
     sft = SftConfig(
         steps=sft_steps, batch_size=48, max_tokens_per_microbatch=12_000, seed=seed,
-        optimiser={"lr": 2e-3, "schedule": "cosine", "warmup": 30, "final": 0.05, "betas": (0.9, 0.98)},
+        optimiser={"lr": 2e-3, "schedule": "cosine", "warmup": min(30, sft_steps - 1), "final": 0.05, "betas": (0.9, 0.98)},
     )  # fmt: skip
     SftTrainer(
         policy, testbed.scripts(policy, rollouts, seed=seed), sft, callbacks=[Console(("loss", "time/step"), every=50)]
@@ -282,6 +294,21 @@ def run_multi_round(
         },
         "rows": rows,
     }  # fmt: skip
+
+
+def rounds_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the rows that :func:`run_multi_round` returns."""
+    headers = ["router", "EM", "95% interval", "USD per 1,000", "arena", "calls", "recorded", "mostly asked"]
+    cells = []
+    for row in result["rows"]:
+        low, high = row["ci"]
+        asked = max(row["shares"].items(), key=lambda kv: kv[1], default=("nobody", 0.0))
+        covered = f"{row['coverage']:.0%}" if "coverage" in row else "-"
+        cells.append([
+            row["name"], f"{row['em']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['usd_per_1000']:.3f}", f"{row['arena']:.3f}",
+            f"{row['calls']:.2f}", covered, f"{asked[0]} {asked[1]:.0%}",
+        ])  # fmt: skip
+    return headers, cells
 
 
 def _constant(testbed: RecordedTestbed, name: str) -> dict[str, Any]:
