@@ -154,3 +154,31 @@ def test_reading_settings_needs_no_torch() -> None:
         "import sys, guerdon.training.config; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_nested_setting_changes_the_default_there_and_leaves_its_neighbours():
+    from guerdon.routing.run import RunConfig
+
+    usual = RunConfig()
+    changed = RunConfig.from_mapping(
+        load_yaml(None, ["online.steps=20", "online.optimiser.lr=1e-4", "warm_start.sft.optimiser.warmup=2"])
+    )
+    assert changed.online == usual.online.model_copy(
+        update={"steps": 20, "optimiser": usual.online.optimiser.model_copy(update={"lr": 1e-4})}
+    )
+    assert changed.warm_start.rollouts == usual.warm_start.rollouts
+    assert changed.warm_start.sft.optimiser == usual.warm_start.sft.optimiser.model_copy(update={"warmup": 2})
+
+
+def test_a_nested_default_can_still_be_switched_off():
+    from guerdon.routing.run import RunConfig
+
+    given = {"warm_start": None, "data": {"world": None, "train": "a.jsonl", "test": "b.jsonl"}, "pool": "pool.yaml"}
+    assert RunConfig.from_mapping(given).warm_start is None
+
+
+def test_an_unknown_nested_key_is_still_refused():
+    from guerdon.routing.run import RunConfig
+
+    with pytest.raises(ConfigError, match=r"online\.stepps"):
+        RunConfig.from_mapping(load_yaml(None, ["online.stepps=20"]))

@@ -27,10 +27,7 @@ def _config(path: Path | None, overrides: list[str]) -> Any:
     from guerdon.training.config import load_yaml
 
     if path is None:
-        import tempfile
-
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as empty:
-            return RunConfig.from_mapping(load_yaml(empty.name, overrides), source="overrides")
+        return RunConfig.from_mapping(load_yaml(None, overrides), source="overrides")
     return RunConfig.from_yaml(path, overrides)
 
 
@@ -53,9 +50,9 @@ def demo_command(
 
     Example: guerdon route demo --out runs/demo
     """
-    from guerdon.routing.demo import demo
+    from guerdon.routing.demo import PRICED, demo
 
-    settings = _config(config, overrides or [])
+    settings = _config(config, [*(PRICED if config is None else ()), *(overrides or [])])
     folder = fresh_or_resumable(out)
     rows = demo(folder, say=progress, config=settings)
     _demo_result(folder, rows).write(folder)
@@ -76,7 +73,8 @@ def _demo_result(folder: Path, rows: list[Any]) -> Any:
     single = max(
         (r for r in rows if r.name.endswith("one call") and not r.name.startswith("oracle")), key=lambda r: r.em
     )
-    generalist = by_name["largest*, decomposed"]
+    generalist, before = by_name["largest*, decomposed"], by_name["router before RL"]
+    decomposed = max((r for r in rows if r.name.endswith("*, decomposed")), key=lambda r: r.em)
     claims = [
         paired_claim(
             "em-over-single-call",
@@ -90,6 +88,18 @@ def _demo_result(folder: Path, rows: list[Any]) -> Any:
         paired_claim(
             "cheaper-than-generalist", "raw cost of always asking the generalist exceeds that of the trained router",
             [generalist.items["raw_cost"]], [trained.items["raw_cost"]],
+        ),
+        paired_claim(
+            "em-over-decomposed", f"EM of the trained router exceeds that of the best control with a perfect decomposition ({decomposed.name})",
+            [trained.items["em"]], [decomposed.items["em"]],
+        ),
+        paired_claim(
+            "em-over-warm-start", "EM of the trained router exceeds that of the same router before RL",
+            [trained.items["em"]], [before.items["em"]],
+        ),
+        paired_claim(
+            "cheaper-than-warm-start", "raw cost of the router before RL exceeds that of the trained router",
+            [before.items["raw_cost"]], [trained.items["raw_cost"]],
         ),
     ]  # fmt: skip
     measured = {"rows": [r.to_dict() for r in rows]}

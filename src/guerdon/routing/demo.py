@@ -13,8 +13,12 @@ from typing import Any
 
 from guerdon.routing.evaluate import COLUMNS, RouterMetrics, rows_table
 from guerdon.routing.run import Prepared, RouteRun, RunConfig, write_rows
+from guerdon.training.config import load_yaml
 
-__all__ = ["demo", "simulated_pool_yaml"]
+__all__ = ["PRICED", "demo", "simulated_pool_yaml"]
+
+PRICED = ("reward.alpha=0.6", "reward.alpha_after=20", "reward.alpha_ramp=10")
+"""The demo's own settings: learn to answer first, then what calls cost (docs/decisions/006)."""
 
 
 def simulated_pool_yaml(entries: Sequence[Any], register: str = "compact", seed: int = 0) -> str:
@@ -49,7 +53,7 @@ def demo(
     """
     started = time.perf_counter()
     folder = Path(out)
-    config = config or RunConfig()
+    config = config or RunConfig.from_mapping(load_yaml(None, PRICED))
     run = RouteRun(config, folder, say=say)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")

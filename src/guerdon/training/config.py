@@ -82,6 +82,18 @@ class Config(BaseModel):
         except ValidationError as error:
             raise _Problems(list(_problems(type(self), error))) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:
+        """A mapping given for a nested configuration changes the default there, and does not replace it."""
+        if not isinstance(values, Mapping):
+            return values
+        merged = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, Config) and isinstance(merged.get(name), Mapping):
+                merged[name] = _merged(field.default, merged[name])
+        return merged
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         problems = list(self.conflicts())
@@ -121,6 +133,15 @@ class Config(BaseModel):
     def fingerprint(self) -> str:
         """SHA-256 over all settings; equal settings give equal fingerprints in every process."""
         return hashlib.sha256(json.dumps(self.flat(), sort_keys=True).encode()).hexdigest()
+
+
+def _merged(default: Config, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set in ``default``, changed by ``values``; configurations within likewise."""
+    out: dict[str, Any] = {name: getattr(default, name) for name in default.model_fields_set}
+    for name, value in values.items():
+        nested = getattr(default, name, None)
+        out[name] = _merged(nested, value) if isinstance(nested, Config) and isinstance(value, Mapping) else value
+    return out
 
 
 class OptimiserConfig(Config):
@@ -546,8 +567,8 @@ def _traits(kind: Literal["credit", "objective"], value: Any) -> Traits:
     return Traits.of(made, name)
 
 
-def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a mapping from a YAML file and set ``"optimiser.lr=1e-5"``-style overrides in it.
+def load_yaml(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a mapping from a YAML file (None: an empty one) and set ``"optimiser.lr=1e-5"``-style overrides in it.
 
     Values of overrides are read as YAML. Numbers such as ``1e-5`` are numbers (plain YAML 1.1 reads text),
     and a key given twice is an error.
@@ -556,9 +577,8 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         ConfigError: the file is absent, not YAML, or no mapping; an override has no ``=`` or goes
             through a key that holds no mapping.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = "" if path is None else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from None
