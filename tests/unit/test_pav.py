@@ -24,7 +24,7 @@ from guerdon.errors import ConfigError, DataError, RewardError
 from guerdon.policies import tiny_policy, train_bpe
 from guerdon.reward_models import ProcessAdvantageVerifier, StepReward, StepScorer
 from guerdon.search import prefixes_of
-from guerdon.training import OnlineConfig, ProgressReward
+from guerdon.training import OnlineConfig, PavCredit
 from guerdon.training.streams import collect
 from guerdon.types import Group, Score, Span, StopReason, Task, Trajectory, Turn
 
@@ -335,24 +335,24 @@ ROWS = [[(2, 0.3), (1, -0.2)], [(1, 0.1)], [(3, -0.5), (1, 0.4)]]
 
 
 def test_the_rule_weights_every_token_of_a_step_alike() -> None:
-    got = ProgressReward(alpha=2.0)(experience(ROWS, [1.0, 0.0, 1.0]), OnlineConfig())
+    got = PavCredit(alpha=2.0)(experience(ROWS, [1.0, 0.0, 1.0]), OnlineConfig())
     base = leave_one_out(torch.tensor([1.0, 0.0, 1.0], dtype=F), torch.zeros(3, dtype=torch.long)).tolist()
     want = [base[0] + 0.6] * 2 + [base[0] - 0.4] + [base[1] + 0.2] + [base[2] - 1.0] * 3 + [base[2] + 0.8]
     assert got.tolist() == pytest.approx(want)
-    plain = ProgressReward(alpha=0.0)(experience(ROWS, [1.0, 0.0, 1.0]), OnlineConfig())
+    plain = PavCredit(alpha=0.0)(experience(ROWS, [1.0, 0.0, 1.0]), OnlineConfig())
     assert plain.tolist() == pytest.approx([base[0]] * 3 + [base[1]] + [base[2]] * 4)
-    left = ProgressReward(alpha=2.0)(experience(ROWS, [1.0, 0.0, 1.0], valid=[True, True, False]), OnlineConfig())
+    left = PavCredit(alpha=2.0)(experience(ROWS, [1.0, 0.0, 1.0], valid=[True, True, False]), OnlineConfig())
     assert left.tolist() == pytest.approx([1.6, 1.6, 0.6, -0.8, 0.0, 0.0, 0.0, 0.0])
 
 
 def test_the_outcome_may_be_a_part_of_the_score() -> None:
     parts = {b: {"verified": v} for b, v in enumerate([0.0, 1.0, 0.0])}
     made = experience(ROWS, [0.7, 0.7, 0.7], parts=parts)
-    assert ProgressReward(outcome="verified", alpha=0.0)(made, OnlineConfig()).tolist() == pytest.approx(
+    assert PavCredit(outcome="verified", alpha=0.0)(made, OnlineConfig()).tolist() == pytest.approx(
         [-0.5] * 3 + [1.0] + [-0.5] * 4
     )
     with pytest.raises(RewardError, match="no part 'verified'"):
-        ProgressReward(outcome="verified")(experience(ROWS, [0.7] * 3, parts={0: parts[0]}), OnlineConfig())
+        PavCredit(outcome="verified")(experience(ROWS, [0.7] * 3, parts={0: parts[0]}), OnlineConfig())
 
 
 def test_a_prover_gives_the_advantages_that_its_step_reward_would(policy) -> None:
@@ -361,37 +361,37 @@ def test_a_prover_gives_the_advantages_that_its_step_reward_would(policy) -> Non
     made = [Trajectory(t.task, (Turn("policy", t.turns[0].text, t.turns[0].token_ids, (-1.0,) * len(t), t.turns[0].token_ends),), t.stop, prompt_ids=t.prompt_ids) for t in scripts(policy, 4, {"right": 0.5, "wrong": 0.5}, tasks=TASKS[:1], seed=1)]  # fmt: skip
     group = [Group(TASKS[0], tuple(made))]
     outcomes = [float(check(t.task, t.turns[0].text).right) for t in made]
-    by_prover = ProgressReward(pav, alpha=1.5)(collect(group, [Score(x) for x in outcomes]), OnlineConfig())
+    by_prover = PavCredit(pav, alpha=1.5)(collect(group, [Score(x) for x in outcomes]), OnlineConfig())
     scored = StepReward(pav, verifier=ChainCorrect())(made)
-    by_score = ProgressReward(alpha=1.5, outcome="verified")(collect(group, scored), OnlineConfig())
+    by_score = PavCredit(alpha=1.5, outcome="verified")(collect(group, scored), OnlineConfig())
     torch.testing.assert_close(by_prover, by_score, atol=1e-6, rtol=0)
 
 
 def test_rules_refuse_or_warn() -> None:
     for alpha in (-0.5, NAN, math.inf):
         with pytest.raises(ConfigError, match="alpha"):
-            ProgressReward(alpha=alpha)
+            PavCredit(alpha=alpha)
     pi = object()
 
     class Own:
         policy, best_of = pi, 1
 
     with pytest.warns(UserWarning, match=r"1 \+ alpha"):
-        ProgressReward(pi, policy=pi)
+        PavCredit(pi, policy=pi)
     with pytest.warns(UserWarning, match=r"best_of=4"):
-        ProgressReward(Own(), policy=pi)
+        PavCredit(Own(), policy=pi)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other = Own()
         other.best_of = 4
-        ProgressReward(other, policy=pi)
+        PavCredit(other, policy=pi)
     with pytest.raises(ConfigError, match="advantages"):
-        ProgressReward(object())(experience(ROWS, [1.0, 0.0, 1.0]), OnlineConfig())
-    assert ProgressReward().needs == {"group", "steps"} and ProgressReward(Own()).needs == {"group"}
-    assert ProgressReward(alpha=2.0).step_weights(torch.tensor([1.0]), torch.tensor([[0.5]]), 0.5).tolist() == [[1.5]]
+        PavCredit(object())(experience(ROWS, [1.0, 0.0, 1.0]), OnlineConfig())
+    assert PavCredit().needs == {"group", "steps"} and PavCredit(Own()).needs == {"group"}
+    assert PavCredit(alpha=2.0).step_weights(torch.tensor([1.0]), torch.tensor([[0.5]]), 0.5).tolist() == [[1.5]]
 
 
 def test_the_rule_is_known_by_name() -> None:
     from guerdon.parts import build
 
-    assert isinstance(build("credit", {"name": "progress_reward", "alpha": 3.0}), ProgressReward)
+    assert isinstance(build("credit", {"name": "pav", "alpha": 3.0}), PavCredit)

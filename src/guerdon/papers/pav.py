@@ -321,7 +321,7 @@ RECIPE = Recipe(
         "guerdon.credit.progress",
         "guerdon.credit.progress_weights",
         "guerdon.reward_models.ProcessAdvantageVerifier",
-        "guerdon.training.ProgressReward",
+        "guerdon.training.PavCredit",
         "guerdon.search.PrefixValues",
         "guerdon.search.beam_search",
         "guerdon.environments.planted.PlantedSubsequence",

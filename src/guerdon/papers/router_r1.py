@@ -4,7 +4,7 @@ Testbed: one- and two-hop questions over real facts, six simulated specialists w
 skills for every question, a policy of about a million parameters that was warm-started on scripts with uniformly
 random members and a random number of calls. One warm start serves all arms and seeds; a seed draws the RL run and the
 held-out questions. Run it with ``guerdon reproduce router-r1``. How the small policy learned to read the roster stands
-in docs/decisions/004.
+in docs/decisions/004, and why a price from the first step ends in one call, in 006.
 """
 
 from __future__ import annotations
@@ -32,21 +32,29 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "alpha 0.9": {"alpha": 0.9},
     "alpha 0.9, cost paid when wrong": {"alpha": 0.9, "gate_wrong": False},
     "no format reward": {"alpha": 0.0, "gate_format": False},
+    "alpha 0.6, later": {"alpha": 0.6},
 }
-"""Settings of the reward, an arm each."""
+"""Settings of the reward, an arm each. The last is ours: the price rises once answers are learned (decision 006)."""
+FIRST_SEED_ONLY = ("alpha 0.8",)
+"""Arms that no claim needs: a point of the curve, run for the first seed."""
 
 SIZES: Mapping[str, Mapping[str, int]] = {
-    "smoke": {"rollouts": 200, "sft": 4, "steps": 2, "prompts": 4, "group": 4, "questions": 20},
-    "cpu": {"rollouts": 9_600, "sft": 200, "steps": 60, "prompts": 16, "group": 12, "questions": 500},
-    "gpu": {"rollouts": 40_000, "sft": 800, "steps": 150, "prompts": 32, "group": 16, "questions": 500},
+    "smoke": {"rollouts": 200, "sft": 4, "steps": 2, "later": 1, "prompts": 4, "group": 4, "questions": 20},
+    "cpu": {"rollouts": 9_600, "sft": 200, "steps": 30, "later": 20, "prompts": 12, "group": 12, "questions": 500},
+    "gpu": {"rollouts": 40_000, "sft": 800, "steps": 100, "later": 50, "prompts": 32, "group": 16, "questions": 500},
 }
+"""Warm start, RL steps (the last arm has ``later`` more, at its price), prompts, group, held-out questions."""
 
 
-def config(scale: str, **reward: Any) -> Any:
-    """The run's configuration at a scale, with these settings of the reward."""
+def config(scale: str, arm: str = "alpha 0") -> Any:
+    """The run's configuration at a scale, with the settings of an arm."""
     from guerdon.routing.run import RewardConfig, RunConfig
 
-    size = SIZES[scale]
+    size, reward = SIZES[scale], dict(ARMS[arm])
+    steps = size["steps"]
+    if arm.endswith("later"):
+        reward |= {"alpha_after": 2 * steps // 3, "alpha_ramp": max(1, steps // 3)}
+        steps += size["later"]
     base = RunConfig()
     assert base.warm_start is not None
     sft, online = base.warm_start.sft, base.online
@@ -58,11 +66,11 @@ def config(scale: str, **reward: Any) -> Any:
     )
     online = online.model_copy(
         update={
-            "steps": size["steps"],
+            "steps": steps,
             "prompts_per_step": size["prompts"],
             "group_size": size["group"],
             "save_every": 0,
-            "optimiser": online.optimiser.model_copy(update={"warmup": min(3, size["steps"] - 1)}),
+            "optimiser": online.optimiser.model_copy(update={"warmup": min(3, steps - 1)}),
         }
     )
     return base.model_copy(
@@ -87,7 +95,12 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     warm, warm_seconds = _warm_start(scale, out)
-    jobs = [(scale, str(warm), str(out), arm, seed) for seed in seeds for arm in ARMS]
+    jobs = [
+        (scale, str(warm), str(out), arm, seed)
+        for k, seed in enumerate(seeds)
+        for arm in ARMS
+        if k == 0 or arm not in FIRST_SEED_ONLY
+    ]
     workers = max(1, min(len(jobs), len(os.sched_getaffinity(0)))) if scale != "gpu" else 1
     results: dict[tuple[str, int], dict[str, Any]] = {}
     if workers == 1:
@@ -149,7 +162,7 @@ def _arm(scale: str, warm: str, out: str, arm: str, seed: int) -> dict[str, Any]
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
     began = time.perf_counter()
-    settings = config(scale, **ARMS[arm])
+    settings = config(scale, arm)
     settings = settings.model_copy(update={"online": settings.online.model_copy(update={"seed": seed})})
     run = RouteRun(settings, folder)
     prepared = replace(run.prepare(), policy=Policy.load(warm))
@@ -164,11 +177,12 @@ def _arm(scale: str, warm: str, out: str, arm: str, seed: int) -> dict[str, Any]
         novel = replace(prepared.env, pool_for=lambda task, group: unseen.pool_for(task, 0))
         out = {
             "greedy": measure(arm, await router.play(plain, tasks, seed=seed), competence=testbed.competence),
-            "sampled": measure(
-                arm, await router.play(plain, tasks, seed=seed, temperature=1.0), competence=testbed.competence
-            ),
         }
-        if arm == "alpha 0":
+        if arm in ("alpha 0", "no format reward"):
+            out["sampled"] = measure(
+                arm, await router.play(plain, tasks, seed=seed, temperature=1.0), competence=testbed.competence
+            )
+        if arm in ("alpha 0", "alpha 0.6, later"):
             out["unseen"] = measure(arm, await router.play(novel, tasks, seed=seed), competence=unseen.competence)
         await router.aclose()
         return {name: row.to_dict(items=True) for name, row in out.items()}
@@ -219,7 +233,10 @@ def _judge(
 
     singles = [r["name"] for r in baselines[0] if r["name"].endswith("one call") and not r["name"].startswith("oracle")]
     best = max(singles, key=lambda n: baseline(n, "em").mean())
-    generalist = "largest*, decomposed"
+    generalist, later = "largest*, decomposed", "alpha 0.6, later"
+    decomposed = max(
+        (r["name"] for r in baselines[0] if r["name"].endswith("*, decomposed")), key=lambda n: baseline(n, "em").mean()
+    )
     options: dict[str, Any] = {"asserted": asserted}
     claims = [
         paired_claim("1a-two-hop", f"EM on two-hop questions exceeds the best single-call router's ({best})", arm("alpha 0", "em", hops=2), baseline(best, "em", hops=2), **options),
@@ -232,6 +249,10 @@ def _judge(
         paired_claim("5-format", "without the format reward more sampled responses break the format", arm("no format reward", "format_error", "sampled"), arm("alpha 0", "format_error", "sampled"), **options),
         paired_claim("6a-generalist-em", "EM exceeds always asking the dear generalist with a perfect decomposition", arm("alpha 0", "em"), baseline(generalist, "em"), **options),
         paired_claim("6b-generalist-cost", "raw cost is below always asking the dear generalist with a perfect decomposition", baseline(generalist, "raw_cost"), arm("alpha 0", "raw_cost"), **options),
+        paired_claim("7a-later-calls", "with the price of calls rising once answers are learned, two-hop questions get more calls than one-hop questions", arm(later, "calls", hops=2), arm(later, "calls", hops=1), **options),
+        paired_claim("7b-later-cost", "and raw cost is below that at alpha = 0", arm("alpha 0", "raw_cost"), arm(later, "raw_cost"), **options),
+        paired_claim("7c-later-em", "and EM exceeds that of the same price from the first step", arm(later, "em"), arm("alpha 0.6", "em"), **options),
+        paired_claim("7d-decomposed", f"and that of the best control with a perfect decomposition ({decomposed})", arm(later, "em"), baseline(decomposed, "em"), **options),
     ]  # fmt: skip
 
     def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -254,12 +275,16 @@ def _judge(
 
     measured: dict[str, Any] = {
         name: {
-            how: summary([results[name, s][how] for s in seeds]) for how in results[name, seeds[0]] if how != "seconds"
+            how: summary([results[name, s][how] for s in seeds if (name, s) in results])
+            for how in results[name, seeds[0]]
+            if how != "seconds"
         }
         for name in ARMS
     }
     measured["seconds_per_arm"] = float(np.mean([r["seconds"] for r in results.values()]))
-    measured["competent_rate_per_seed"] = [results["alpha 0", s]["greedy"]["competent_rate"] for s in seeds]
+    measured["competent_rate_per_seed"] = {
+        name: [results[name, s]["greedy"]["competent_rate"] for s in seeds] for name in ("alpha 0", later)
+    }
     measured["baselines"] = {
         row["name"]: summary([next(r for r in per if r["name"] == row["name"]) for per in baselines])
         for row in baselines[0]

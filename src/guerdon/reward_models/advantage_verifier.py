@@ -141,7 +141,7 @@ class ProcessAdvantageVerifier:
     def token_rewards(self, trajectories: Sequence[Trajectory], segmenter: Segmenter | None = None) -> list[Tensor]:
         """Each step's advantage on its last token, 0 elsewhere.
 
-        In a return-to-go their sum cancels to a baseline; see :class:`guerdon.training.ProgressReward`.
+        In a return-to-go their sum cancels to a baseline; see :class:`guerdon.training.PavCredit`.
         """
         return at_step_ends(self.step_scores(trajectories, segmenter), trajectories, segmenter or self.segmenter)
 

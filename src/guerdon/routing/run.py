@@ -50,7 +50,7 @@ class PolicyConfig(Config):
     hidden: Count = 144
     layers: Count = 3
     heads: Count = 2
-    intermediate: Count = 384
+    intermediate: Count = 512
     init_std: float = 0.06
     init: Literal["random", "recall"] = "recall"
     max_context: Count = 512

@@ -28,7 +28,7 @@ _HOME = {
     "OnlineTrainer": "online",
     "OptimiserConfig": "config",
     "Overlong": "shapes",
-    "ProgressReward": "rules.progress_weight",
+    "PavCredit": "rules.progress_weight",
     "RunResult": "loop",
     "SftConfig": "config",
     "SftTrainer": "sft",

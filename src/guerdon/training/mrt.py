@@ -193,7 +193,7 @@ class EpisodeProgress(Reward):
     """Every episode's own progress as a step reward of whole traces: the on-policy form, dearer than one prefix.
 
     The outcome is the score's value, the progress of each episode its steps. Pay them with the rule
-    ``"progress_reward"``, which weighs each step by its own value: summed from a step on they would telescope, and
+    ``"pav"``, which weighs each step by its own value: summed from a step on they would telescope, and
     every episode would be paid for the others.
 
     Args:

@@ -138,7 +138,7 @@ class RecordedTestbed:
         return tiny_policy(
             tokenizer,
             hidden=hidden,
-            intermediate=384,
+            intermediate=512,
             layers=layers,
             heads=2,
             init="recall",
@@ -196,11 +196,11 @@ def run_multi_round(
     path: str | Path,
     second: str | Path,
     *,
-    alphas: Sequence[float] = (0.0, 0.3, 0.6, 0.9),
+    alphas: Sequence[float] = (0.0, 0.6, 0.9),
     seed: int = 0,
-    rollouts: int = 8000,
-    sft_steps: int = 300,
-    steps: int = 80,
+    rollouts: int = 6000,
+    sft_steps: int = 125,
+    steps: int = 40,
     prompts: int = 16,
     group: int = 8,
     say: Any = lambda line: None,
@@ -274,7 +274,8 @@ def run_multi_round(
         policy.model.load_state_dict(start)
         config = OnlineConfig(
             algorithm="grpo", steps=steps, prompts_per_step=prompts, group_size=group, max_tokens=24, max_observation_tokens=40,
-            max_tokens_per_microbatch=12_000, clip_high=0.28, entropy_coef=0.003, seed=seed,
+            max_tokens_per_microbatch=12_000, clip_high=0.28, scale="none", top_p=0.95, old_logprobs="recomputed",
+            entropy_coef=0.003, seed=seed,
             optimiser={"lr": 3e-4, "warmup": min(3, steps - 1), "betas": (0.9, 0.95)},
         )  # fmt: skip
         say(f"reinforcement learning at alpha = {alpha:g}")

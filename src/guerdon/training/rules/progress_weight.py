@@ -1,7 +1,7 @@
 """Outcome plus progress: each step is weighted by the outcome and by its own advantage under a prover.
 
     prover = ProcessAdvantageVerifier.from_policy(policy, best_of=4).fit(prefixes, q)
-    OnlineTrainer(policy, engine, environment, tasks, verifier, config, credit=ProgressReward(prover, alpha=3.0))
+    OnlineTrainer(policy, engine, environment, tasks, verifier, config, credit=PavCredit(prover, alpha=3.0))
 
 The prover is fitted once, on the policy that the run begins with, and stays as it is (the default of the method); a
 caller who fits it anew during the run does so between steps.
@@ -28,10 +28,10 @@ from guerdon.types import step_spans
 if TYPE_CHECKING:
     from guerdon.training.config import OnlineConfig
 
-__all__ = ["ProgressReward"]
+__all__ = ["PavCredit"]
 
 
-class ProgressReward(Rule):
+class PavCredit(Rule):
     """Advantage of every token of a step: ``outcome - mean outcome of the others + alpha * A^mu(step)``.
 
     There is no return-to-go of the progress: it telescopes, and its sum from a step on says nothing about the step.
@@ -48,12 +48,12 @@ class ProgressReward(Rule):
         ConfigError: alpha is negative or not finite, or the prover has no ``advantages``.
     """
 
-    name = "progress_reward"
+    name = "pav"
     kl_in_reward = True
 
     def __init__(self, prover: Any = None, alpha: float = 0.5, *, policy: Any = None, outcome: str = "value") -> None:
         if not (alpha >= 0 and np.isfinite(alpha)):
-            raise ConfigError(f"progress_reward: alpha must be at least 0 and finite, got {alpha}")
+            raise ConfigError(f"pav: alpha must be at least 0 and finite, got {alpha}")
         own = policy is not None and (prover is policy or getattr(prover, "policy", None) is policy)
         if own and getattr(prover, "best_of", 1) == 1:
             warnings.warn(
@@ -114,7 +114,7 @@ class ProgressReward(Rule):
             table = experience.steps()
             return table.start, table.stop, table.trajectory, table.value
         if not callable(getattr(self.prover, "advantages", None)):
-            raise ConfigError(f"progress_reward: the prover needs advantages(trajectories), got {self.prover!r}")
+            raise ConfigError(f"pav: the prover needs advantages(trajectories), got {self.prover!r}")
         kept = np.flatnonzero(experience.kept)
         trajectories = [experience.trajectories[b] for b in kept]
         made = self.prover.advantages(trajectories)
