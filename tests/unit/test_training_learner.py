@@ -376,6 +376,34 @@ def test_recomputed_old_logprobs_make_every_ratio_one(policy) -> None:
     assert got.row["mismatch/mean"] > 0.2
 
 
+@pytest.mark.parametrize("more", [{}, {"clip_high": 0.28, "entropy_coef": 0.02}])
+def test_one_update_on_recomputed_log_probabilities_needs_no_pass_of_its_own(policy, monkeypatch, more) -> None:
+    groups = make_groups(policy, noise=0.5)
+    config = OnlineConfig(temperature=TEMPERATURE, old_logprobs="recomputed", **more)
+    passes: list[str] = []
+    forward = Learner._forward
+    monkeypatch.setattr(Learner, "_forward", lambda self, *a, **k: (passes.append("extra"), forward(self, *a, **k))[1])
+    short = spied(policy, config, groups, rewards_for(groups))
+    assert passes == []
+    monkeypatch.setattr(Learner, "_once", lambda self, experience: False)
+    long = spied(policy, config, groups, rewards_for(groups))
+    assert passes == ["extra"]
+    assert_same(short.gradients, long.gradients)
+    for key in ("loss", "mismatch/mean", "clip_fraction"):
+        assert short.row[key] == pytest.approx(long.row[key], abs=1e-6), key
+
+
+@pytest.mark.parametrize("more", [{"epochs": 2}, {"minibatch_size": 4}, {"importance_cap": 2.0}])
+def test_old_log_probabilities_are_recomputed_before_several_updates(policy, monkeypatch, more) -> None:
+    groups = make_groups(policy, groups=3, size=4)
+    passes: list[str] = []
+    forward = Learner._forward
+    monkeypatch.setattr(Learner, "_forward", lambda self, *a, **k: (passes.append("extra"), forward(self, *a, **k))[1])
+    config = OnlineConfig(temperature=TEMPERATURE, old_logprobs="recomputed", group_size=4, **more)
+    spied(policy, config, groups, rewards_for(groups))
+    assert passes == ["extra"]
+
+
 def test_whitening_over_all_response_tokens_is_the_faithful_option(policy) -> None:
     groups = make_groups(policy, groups=2, size=3, seed=4)
     scores = rewards_for(groups)

@@ -66,6 +66,18 @@ class TokenBatch:
         """Positions, padding included."""
         return self.input_ids.numel()
 
+    def narrowed(self, wanted_N: Tensor) -> TokenBatch:
+        """The same rows, predicting only the tokens where the mask ``[N]`` is true."""
+        if bool(wanted_N.all()):
+            return self
+        return replace(
+            self,
+            source=self.source[wanted_N],
+            targets=self.targets[wanted_N],
+            trajectory=self.trajectory[wanted_N],
+            position=self.position[wanted_N],
+        )
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
         return replace(

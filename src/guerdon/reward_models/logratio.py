@@ -7,7 +7,7 @@ Layout: one entry per response token, responses one after the other, environment
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -185,15 +185,5 @@ def _parts(policy: Policy, responses: Responses, max_tokens: int) -> Iterator[tu
     for batch in make_batches(items, groups=numbers if share else None, max_tokens=max_tokens, share_prompt=share):
         flat = starts[batch.trajectory] + batch.position
         wanted = responses.mask[flat]
-        if not bool(wanted.any()):
-            continue
-        if not bool(wanted.all()):
-            batch = replace(
-                batch,
-                source=batch.source[wanted],
-                targets=batch.targets[wanted],
-                trajectory=batch.trajectory[wanted],
-                position=batch.position[wanted],
-            )
-            flat = flat[wanted]
-        yield batch.to(policy.device), flat
+        if bool(wanted.any()):
+            yield batch.narrowed(wanted).to(policy.device), flat[wanted]

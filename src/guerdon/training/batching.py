@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,18 +66,8 @@ def microbatches(
     for batch in make_batches(items, groups=groups, max_tokens=max_tokens, share_prompt=share_prompt, pad_id=pad_id):
         flat = offsets[batch.trajectory] + batch.position
         wanted = keep_N[flat]
-        if not bool(wanted.any()):
-            continue
-        if not bool(wanted.all()):
-            batch = replace(
-                batch,
-                source=batch.source[wanted],
-                targets=batch.targets[wanted],
-                trajectory=batch.trajectory[wanted],
-                position=batch.position[wanted],
-            )
-            flat = flat[wanted]
-        out.append(Microbatch(batch.to(device), flat))
+        if bool(wanted.any()):
+            out.append(Microbatch(batch.narrowed(wanted).to(device), flat[wanted]))
     return out
 
 

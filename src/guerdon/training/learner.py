@@ -78,6 +78,7 @@ class Learner:
         self._replicated = [p for name in replicated for p in sets[name]]
         lr = config.optimiser.critic_lr or config.optimiser.lr
         self.optimiser = Optimiser(sets, config.optimiser, {"critic": lr})
+        self._current = False
 
     # Before the update ------------------------------------------------------------------------------------------------
 
@@ -87,7 +88,8 @@ class Learner:
         Returns:
             How far the trainer's log-probabilities are from the sampler's, where they were computed here.
         """
-        recomputed = self._config.old_logprobs == "recomputed"
+        self._current = self._config.old_logprobs == "recomputed" and self._once(experience)
+        recomputed = self._config.old_logprobs == "recomputed" and not self._current
         needed = recomputed or self.critic is not None or self.reference is not None
         need = experience.credit if self.critic is not None else experience.action
         mismatch: dict[str, float] = {}
@@ -110,6 +112,13 @@ class Learner:
         if experience.old is None:
             experience.old = experience.sampled
         return mismatch
+
+    def _once(self, experience: Experience) -> bool:
+        """Whether the old log-probabilities are those of the one forward pass that learns: no extra pass is needed then."""
+        config = self._config
+        whole = config.minibatch_size is None or config.minibatch_size >= len(experience)
+        penalised = self.reference is not None and config.kl_in == "reward"
+        return config.epochs == 1 and whole and config.importance_cap is None and not penalised
 
     @torch.no_grad()
     def _forward(
@@ -339,6 +348,8 @@ class Learner:
                 entropy="entropy" in terms,
                 values=self._shared,
             )
+            if self._current:
+                cut = replace(cut, old=out.logprobs.detach().float())
             loss, stats = policy_terms(out.logprobs.float(), out.entropy, cut, config, entropy_coef, self.objective)
             values = out.values
             if self.critic is not None and not self._shared:
