@@ -41,6 +41,7 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m guerdon.papers.pages docs
+	$(BIN)/python -m guerdon.report.reward_page docs/rewards.md
 	$(BIN)/mkdocs build --strict
 
 clean:

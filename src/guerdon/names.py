@@ -6,30 +6,49 @@ sorted. What a value must be is said at the registries in :mod:`guerdon.parts`.
 
 from __future__ import annotations
 
-__all__ = ["CREDIT", "ENVIRONMENT", "OBJECTIVE", "REWARD", "SHAPE"]
+__all__ = ["CREDIT", "ENVIRONMENT", "OBJECTIVE", "REWARD", "SANDBOX", "SHAPE"]
 
 ENVIRONMENT: dict[str, str] = {
     "single_turn": "guerdon.environments.single:SingleTurn",
 }
 
 REWARD: dict[str, str] = {
+    "bleu": "guerdon.rewards:Bleu",
+    "bmas": "guerdon.reward_models:bmas",
     "box_iou": "guerdon.rewards:BoxIoU",
     "boxed_format": "guerdon.rewards:BoxedFormat",
     "boxed_match": "guerdon.rewards:BoxedMatch",
     "call_cost": "guerdon.rewards:CallCost",
     "choice_match": "guerdon.rewards:ChoiceMatch",
+    "chrf": "guerdon.rewards:ChrF",
+    "citations": "guerdon.rewards:Citations",
     "code_tests": "guerdon.rewards:CodeTests",
+    "embedding_similarity": "guerdon.reward_models:embedding_similarity",
     "exact_match": "guerdon.rewards:ExactMatch",
     "fkgl": "guerdon.rewards:FKGLReward",
     "format_length": "guerdon.rewards:format_length",
+    "grounding": "guerdon.rewards:Grounding",
     "hump_length": "guerdon.rewards:HumpLength",
+    "json_schema": "guerdon.rewards:JSONSchema",
+    "judge": "guerdon.reward_models.named:judge",
+    "language_match": "guerdon.rewards:LanguageMatch",
     "length_incentive": "guerdon.rewards:LengthIncentive",
     "linear_length": "guerdon.rewards:LinearLength",
+    "math_equality": "guerdon.rewards:MathEquality",
     "overlong_penalty": "guerdon.rewards:OverlongPenalty",
     "phrase_reward": "guerdon.rewards:PhraseReward",
     "preservation_gate": "guerdon.rewards:PreservationGate",
+    "quantity": "guerdon.rewards:Quantity",
     "reasoning_sql": "guerdon.rewards:reasoning_sql",
+    "regex_match": "guerdon.rewards:RegexMatch",
+    "regularized_relevance": "guerdon.reward_models:regularized_relevance",
     "relaxed_number": "guerdon.rewards:RelaxedNumber",
+    "repetition_ratio": "guerdon.rewards:RepetitionRatio",
+    "rouge": "guerdon.rewards:Rouge",
+    "router_format": "guerdon.rewards:RouterFormat",
+    "script_share": "guerdon.rewards:ScriptShare",
+    "sentiment": "guerdon.rewards:Sentiment",
+    "sql_clauses": "guerdon.rewards:ClauseMatch",
     "sql_execution": "guerdon.rewards:ExecutionMatch",
     "sql_format": "guerdon.rewards:SQLFormat",
     "sql_ngrams": "guerdon.rewards:NgramOverlap",
@@ -40,9 +59,15 @@ REWARD: dict[str, str] = {
     "think_answer_format": "guerdon.rewards:ThinkAnswerFormat",
     "token_f1": "guerdon.rewards:TokenF1",
     "toolrl": "guerdon.rewards:toolrl",
+    "toxicity": "guerdon.rewards:Toxicity",
     "trigram_uniqueness": "guerdon.rewards:TrigramUniqueness",
     "typed_outcome": "guerdon.rewards:TypedOutcome",
     "zipf_simplicity": "guerdon.rewards:ZipfSimplicity",
+}
+
+SANDBOX: dict[str, str] = {
+    "docker": "guerdon.sandbox:DockerSandbox",
+    "local": "guerdon.sandbox:LocalSandbox",
 }
 
 SHAPE: dict[str, str] = {

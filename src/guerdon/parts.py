@@ -18,15 +18,18 @@ from guerdon import names
 from guerdon.errors import ConfigError, nearest
 from guerdon.registry import registry
 
-__all__ = ["CREDIT", "ENVIRONMENTS", "OBJECTIVES", "REWARDS", "SHAPES", "Part", "build", "part", "spec"]
+__all__ = ["CREDIT", "ENVIRONMENTS", "OBJECTIVES", "REWARDS", "SANDBOXES", "SHAPES", "Part", "build", "part", "spec"]
 
-Kind = Literal["environment", "reward", "shape", "credit", "objective"]
+Kind = Literal["environment", "reward", "shape", "credit", "objective", "sandbox"]
 
 ENVIRONMENTS = registry("environment", names.ENVIRONMENT)
 """Factories of environments: ``(**settings)`` gives an object with ``start(task, ...)``."""
 
 REWARDS = registry("reward", names.REWARD)
 """Factories of rewards: ``(**settings) -> Reward``."""
+
+SANDBOXES = registry("sandbox", names.SANDBOX)
+"""Factories of sandboxes: ``(**settings)`` gives an object with ``run(job)``."""
 
 SHAPES = registry("shape", names.SHAPE)
 """Factories of shapes: ``(**settings)`` gives a callable ``(trajectories, scores) -> scores``, or a :class:`Part` of a

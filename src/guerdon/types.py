@@ -167,8 +167,7 @@ class Turn:
     def __post_init__(self) -> None:
         if self.speaker not in ("policy", "environment"):
             raise ValueError(f"speaker must be 'policy' or 'environment', got {self.speaker!r}")
-        for name in ("logprobs", "token_ends"):
-            values = getattr(self, name)
+        for name, values in (("logprobs", self.logprobs), ("token_ends", self.token_ends)):
             if values is not None and len(values) != len(self.token_ids):
                 raise ValueError(f"{name} has {len(values)} entries for {len(self.token_ids)} tokens")
         if self.speaker == "environment" and self.logprobs is not None:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guerdon.errors import ConfigError, DataError, RewardError
+from guerdon.errors import ConfigError, RewardError
 from guerdon.rewards.choice import ChoiceMatch, RelaxedNumber, choice_letter, read_number
-from guerdon.rewards.routed import RoutedReward, ThinkAnswerFormat, select_by_rollouts
+from guerdon.rewards.routed import RoutedReward, ThinkAnswerFormat, select_by_rollouts, source_statistics
 from guerdon.rewards.token_similarity import BMAS, max_average_similarity
 from guerdon.rewards.vision import BoxIoU, box_iou, read_boxes
 
@@ -180,8 +180,10 @@ def test_the_router_sends_each_sample_to_its_type() -> None:
     assert routed.range == (0.0, 2.0) and RoutedReward({"m": ChoiceMatch()}, format_weight=0.1).range == (0.0, 1.1)
     with pytest.raises(ConfigError, match="unknown type 'charts'; did you mean chart"):
         routed([wrap("1")], ["1"], ["charts"])
-    with pytest.raises(RewardError, match="has type None"):
+    with pytest.raises(ConfigError, match="has type None"):
         routed.text(completion=wrap("1"), reference="1")
+    with pytest.raises(ConfigError, match="has type None"):  # no default score hides it
+        RoutedReward({"m": ChoiceMatch()}, on_error=0.0).text(completion=wrap("1"), reference="1")
     with pytest.raises(ConfigError, match="give one of each"):
         routed([wrap("1")], ["1"])
 
@@ -203,8 +205,72 @@ def test_samples_that_teach_are_chosen_and_balanced() -> None:
     assert len(balanced) == 2 and len({source[k] for k in balanced}) == 2
     assert balanced.tolist() == select_by_rollouts(mean, var, source, per_source=1, seed=3).tolist()
     assert select_by_rollouts(mean, var, source, per_source={"b": 2}).tolist()[:2] == [1, 2]
-    with pytest.raises(ConfigError):
-        select_by_rollouts([0.1], [], [])
+    # continuous rewards: a high mean is no sign of agreement, a gold that cannot be read still is none
+    assert select_by_rollouts(mean, var, source, continuous="b").tolist() == [1, 2, 3, 4, 7, 8]
+    assert select_by_rollouts([], [], []).tolist() == []
+    for wrong in (([0.1], [], []), ([0.1], [0.1], ["a"], 0.9, 0.1), ([0.1], [0.1], ["a"], 0.1, 0.9, -1)):
+        with pytest.raises(ConfigError):
+            select_by_rollouts(*wrong)
+
+
+def test_sources_are_watched_one_by_one() -> None:
+    found = source_statistics([1, 1, 0, 1, float("nan"), 0.5], list("aaaabb"), [0, 0, 1, 1, 2, 2])
+    assert found["a"] == {"mean": 0.75, "zero_variance": 0.5, "prompts": 2.0, "invalid": 0.0}
+    assert found["b"] == {"mean": 0.5, "zero_variance": 1.0, "prompts": 1.0, "invalid": 1.0}
+    assert math.isnan(source_statistics([float("nan")], ["a"], [0])["a"]["mean"])
+    with pytest.raises(ConfigError, match="one of each"):
+        source_statistics([1], [], [0])
+
+
+def test_the_form_can_be_left_out_or_be_another_one() -> None:
+    plain = RoutedReward({"m": ChoiceMatch()}, format=None)
+    batch = plain([wrap("B"), "B"], ["B", "B"], ["m", "m"])
+    assert batch.total.tolist() == [1.0, 0.0] and set(batch.parts) == {"accuracy"} and plain.range == (0.0, 1.0)
+    with pytest.raises(ConfigError, match="format must be"):
+        RoutedReward({"m": ChoiceMatch()}, format="tags")  # type: ignore[arg-type]
+
+
+def test_an_invalid_score_of_a_route_makes_the_whole_invalid() -> None:
+    routed = RoutedReward({"m": ChoiceMatch(on_error="drop")}, on_error="drop", key=lambda trajectory: "m")
+    score = routed.text(completion=wrap("B"), reference=None)
+    assert not score.valid and score.parts["format"] == 1.0 and "gold answer" in str(score.reason)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "value"),
+    [("B", "option B", 1), ("B", "B: a red square", 1), ("a red square", "B. a red square", 1), ("A", "B) a red square", 0),
+     ("yes", "y", 1), ("no", "n", 1), ("no", "y", 0), ("a dog", "a cat", 0), ("A", "a cat", 0), ("C", "(c)", 1)],
+)  # fmt: skip
+def test_golds_are_normalised_like_answers(answer: str, gold: str, value: float) -> None:
+    assert ChoiceMatch()([answer], [gold])[0] == value
+
+
+def test_lists_as_golds_may_be_written_as_json() -> None:
+    assert RelaxedNumber()(["10, 20", "[10, 30]"], ["[10, 20]"] * 2).tolist() == [1.0, 0.5]
+    assert RelaxedNumber()(["[draft", "12"], ["[draft"] * 2).tolist() == [1.0, 0.0]
+
+
+def test_matching_of_boxes_is_the_best_one() -> None:
+    from itertools import permutations
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = (np.sort(rng.random((3, 2, 2)), axis=1).reshape(3, 4) for _ in range(2))
+        slow = max(sum(box_iou(a, b)[k, p[k]] for k in range(3)) for p in permutations(range(3))) / 3
+        assert BoxIoU(tag=None)([str(a.tolist())], [b.tolist()])[0] == pytest.approx(slow)
+
+
+def test_huge_boxes_overlap_nothing() -> None:
+    assert BoxIoU(tag=None)(["[0, 0, 1e308, 1e308]"], [[0, 0, 1, 1]])[0] == 0.0
+
+
+def test_similarity_agrees_with_a_slow_reference() -> None:
+    generator = torch.Generator().manual_seed(1)
+    u, v = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (600, 9))
+    cosine = [[float(x @ y / x.norm() / y.norm()) for y in v] for x in u]
+    p = sum(max(row) for row in cosine) / len(u)
+    q = sum(max(row[j] for row in cosine) for j in range(len(v))) / len(v)
+    assert max_average_similarity(u, v) == pytest.approx((p, q), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -222,5 +288,5 @@ def test_a_missing_answer_block_earns_nothing_on_trajectories() -> None:
     assert ChoiceMatch(tag=None).text(completion="B", reference="B").value == 1.0
     with pytest.raises(ConfigError, match="write \\[text\\]"):
         ChoiceMatch()("B", "B")
-    with pytest.raises(DataError):
+    with pytest.raises(ConfigError):
         RoutedReward({"m": ChoiceMatch()}).type_of(__import__("guerdon").rewards.plain.plain_trajectories(["x"])[0])

@@ -17,6 +17,7 @@ from guerdon.rewards.readability import (
     GuardedProduct,
     PreservationGate,
     ZipfSimplicity,
+    clean_rewriting,
     fkgl,
     kept_facts,
     syllables,
@@ -71,6 +72,9 @@ def test_frequent_words_are_simple() -> None:
         ("Stop.", "Don't stop.", False),
         ("Take it without food.", "Take it with no food.", True),
         ("", "", True),
+        ("Take 1,5 mg.", "Take 15 mg.", False),
+        ("Take 1,234,567.", "Take 1234567.", True),
+        ("Never take 2.5 mg.", "Do not take 2.5 mg.", True),
     ],
 )
 def test_numbers_and_negations_must_survive(source: str, output: str, kept: bool) -> None:
@@ -107,6 +111,32 @@ def test_the_guarded_product_by_hand() -> None:
             GuardedProduct(style, relevance, **bad)
     with pytest.raises(ConfigError, match="two lists"):
         guarded(["a"], [])
+    with pytest.raises(ConfigError, match="squash"):
+        GuardedProduct(style, relevance, improvement=True, squash=False)
+
+
+def test_improvement_is_style_gained() -> None:
+    words = lambda texts: [float(len(t)) for t in texts]  # noqa: E731
+    gained = GuardedProduct(words, lambda sources, outputs: [1.0] * len(sources), improvement=True)
+    batch = gained(["aaa", "a"], ["a", "aaa"])
+    assert batch.parts["style"].tolist() == [-2.0, 2.0]
+    assert batch.total == pytest.approx([1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))])
+
+
+@pytest.mark.parametrize(
+    ("output", "clean"),
+    [
+        ("Simplify this: The cat sat.", "The cat sat."),
+        ("<|im_start|>assistant\nThe cat sat.<|im_end|>", "The cat sat."),
+        ("Output: The cat sat.\n\nI made it shorter.", "The cat sat."),
+        ("[INST] [/INST] The cat sat.</s>", "The cat sat."),
+        ("The cat\nsat.", "The cat\nsat."),
+        ("  ", ""),
+        ("Not output: it stays.", "Not output: it stays."),
+    ],
+)
+def test_what_is_written_around_a_rewriting_is_removed(output: str, clean: str) -> None:
+    assert clean_rewriting(output, "Simplify this:") == clean
 
 
 def test_sari() -> None:
@@ -171,6 +201,32 @@ def test_a_discriminator_of_length_is_seen_through() -> None:
     assert plain.evaluate(long, short)["auc"] > 0.7
     assert abs(plain.evaluate(long, short)["auc_length_matched"] - 0.5) < 0.1
     assert debiased.evaluate(long, short)["auc"] < plain.evaluate(long, short)["auc"]
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_pairwise_scores_are_centred_so_that_a_sigmoid_does_not_saturate(debias: bool) -> None:
+    # all texts share a large feature; pairs differ in a small one, and say nothing about the level
+    features = lambda texts: [[10.0 + len(t.split()) % 3, float("easy" in t)] for t in texts]  # noqa: E731
+    hard = [f"hard {'x ' * (k % 5)}" for k in range(40)]
+    easy = [f"easy {'x ' * (k % 7)}" for k in range(40)]
+    model = StyleDiscriminator(features, l2=0.01, length_debias=debias).fit(hard, easy)
+    assert abs(model.score([*hard, *easy]).mean()) < 1e-6
+    assert model.score(easy).min() > 0 > model.score(hard).max()
+
+
+def test_pairwise_weights_are_those_of_bradley_terry() -> None:
+    from scipy.optimize import minimize
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 3)), rng.normal(size=(30, 3)) + np.array([0.5, 0, 0])
+    table = {f"a{k}": a[k] for k in range(30)} | {f"b{k}": b[k] for k in range(30)}
+    encoder = lambda texts: np.array([table[t] for t in texts])  # noqa: E731
+    names = [f"a{k}" for k in range(30)], [f"b{k}" for k in range(30)]
+    model = StyleDiscriminator(encoder, l2=2.0).fit(*names)
+    # a pair and its mirror are both in the fit: twice the loss for once the penalty
+    slow = minimize(lambda w: 2 * np.logaddexp(0, -(b - a) @ w).sum() + 0.5 * 2.0 * w @ w, np.zeros(3)).x
+    gaps = model.score(names[1]) - model.score(names[0])
+    assert gaps == pytest.approx((b - a) @ slow, abs=1e-3)
 
 
 def test_auc_by_hand() -> None:

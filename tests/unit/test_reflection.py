@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from guerdon.errors import ConfigError, DataError
 from guerdon.policies import make_batches, tiny_policy, token_logprobs
-from guerdon.reward_models.reflection import ReflectionReward, reference_logprobs, score_reference
+from guerdon.reward_models.reflection import ReflectionReward, reference_logprobs, score_reference, score_references
+from guerdon.rewards import Progress
 from guerdon.shaping.reflection import (
     R3Filter,
     ReasoningReflection,
@@ -20,7 +21,7 @@ from guerdon.shaping.reflection import (
     outcome_length_reward,
     reflection_weights,
 )
-from guerdon.types import StopReason, Task, Trajectory, Turn
+from guerdon.types import Group, StopReason, Task, Trajectory, Turn
 
 L = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -4.0, -2.0]], dtype=torch.float64)
 
@@ -171,3 +172,188 @@ def test_a_reward_of_groups(policy) -> None:
     alone = reward([group[0]])[0]
     assert not alone.valid and "fewer than two" in (alone.reason or "")
     assert np.isnan(alone.value)
+
+
+def said(policy, task: Task, text: str, *, ids: bool = True) -> Trajectory:
+    """A trajectory as an engine records it: the end token is sampled, and no part of the text."""
+    tokens = (*policy.encode(text), policy.tokenizer.eos_token_id) if ids else ()
+    return Trajectory(task, (Turn("policy", text, tokens),), StopReason.EOS, prompt_ids=tuple(policy.encode("Q")))
+
+
+def test_many_groups_are_scored_in_one_pass_and_as_if_alone(policy) -> None:
+    tasks = [Task("a", "x", " Lima."), Task("b", "y", " a much longer reference, here"), Task("c", "z", " no")]
+    texts = ["<think>one</think> u", "<think>two three</think> v w", "<think>four</think>"]
+    batch = [said(policy, t, x) for x in texts for t in tasks]  # groups interleaved
+    calls = []
+    model = policy.model.model
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = ReflectionReward(policy, lambda_len=0.0)(batch)
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+    for t in tasks:
+        rows = [k for k, one in enumerate(batch) if one.task is t]
+        alone = ReflectionReward(policy, lambda_len=0.0, max_tokens=1)([batch[k] for k in rows])
+        assert [found[k].value for k in rows] == pytest.approx([s.value for s in alone], abs=1e-5)
+        # and as the formula says, from log-probabilities that a slow loop computes
+        reference = policy.encode(t.reference)
+        contexts = [[*policy.encode("Q"), *policy.encode(x[: x.index("</think>") + 8])] for x in texts]
+        empty = [*policy.encode("Q"), *policy.encode("<think></think>")]
+        slow = torch.tensor([slow_logprobs(policy, c, reference) for c in [*contexts, empty]], dtype=torch.float64)
+        sigma = slow[:-1].std(0, correction=0)
+        want = ((slow[:-1] - slow[-1]) * sigma / sigma.sum()).sum(1)
+        assert [found[k].value for k in rows] == pytest.approx(want.tolist(), abs=1e-4)
+
+
+def slow_logprobs(policy, context, reference) -> list[float]:
+    out = []
+    for j, token in enumerate(reference):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([[*context, *reference[:j]]])).logits[0, -1].double()
+        out.append(float(logits[token] - logits.logsumexp(0)))
+    return out
+
+
+def test_equal_traces_are_equal_to_the_last_bit(policy) -> None:
+    task = Task("a", "x", " Lima, of course.")
+    scores = ReflectionReward(policy, lambda_len=0.0)([said(policy, task, "<think>same</think> a")] * 5)
+    assert len({s.value for s in scores}) == 1
+    found = score_references(policy.model, [([5, 6], [7, 8]), ([5], [7]), ([5, 6], [7, 8])])
+    assert torch.equal(found[0][0], found[2][0]) and found[1][0].shape == (1,)
+    assert score_references(policy.model, []) == []
+
+
+def test_no_gradient_and_no_change_of_mode(policy) -> None:
+    policy.model.train()
+    ((logprobs, _),) = score_references(policy.model, [([5], [7])])
+    assert not logprobs.requires_grad and policy.model.training
+    policy.model.eval()
+
+
+def test_hidden_reasoning_cannot_be_seen(policy) -> None:
+    contexts = [[5, 6, 20, 21, 9], [5, 6, 30, 31, 9]]
+    open_, closed = (
+        score_references(policy.model, [(c, [7, 8]) for c in contexts], hidden=spans)
+        for spans in (None, [(2, 4), (2, 4)])
+    )
+    assert not torch.allclose(open_[0][0], open_[1][0], atol=1e-6)
+    assert torch.allclose(closed[0][0], closed[1][0], atol=1e-6)
+    for bad in ([(2, 5), None], [(3, 2), None], [None]):
+        with pytest.raises(DataError, match="hidden"):
+            score_references(policy.model, [(c, [7]) for c in contexts], hidden=bad)
+    task = Task("a", "x", " Lima")
+    group = [said(policy, task, f"<think>{w}</think> a") for w in ("one", "two")]
+    one = ReflectionReward(policy, masked="hidden").reflect(group)[0]
+    assert one.M is not None and one.M.shape == one.L.shape
+    # of equal length, so the masked contexts are the same but for what cannot be seen
+    if len(group[0]) == len(group[1]):
+        assert torch.allclose(one.M[0], one.M[1], atol=1e-5)
+
+
+def test_the_sampled_tokens_are_scored_and_the_outcome_is_counted(policy) -> None:
+    task = Task("a", "x", " Lima, of course.")
+    # spelled byte by byte: the same text in other tokens than the tokenizer would choose
+    text = "<think>it is</think> Lima"
+    odd = [t for c in text.split("</think>")[0] for t in policy.encode(c)]
+    ids = (*odd, *policy.encode("</think>"), *policy.encode(" Lima"), policy.tokenizer.eos_token_id)
+    t = Trajectory(task, (Turn("policy", text, ids),), StopReason.EOS, prompt_ids=(5,))
+    reward = ReflectionReward(policy)
+    one = reward.reflect([t, said(policy, task, "<think>b</think> Lima")])[0]
+    want = slow_logprobs(policy, [5, *odd, *policy.encode("</think>")], policy.encode(task.reference))
+    assert one.L[0].tolist() == pytest.approx(want, abs=1e-4)
+    assert one.outcome.tolist() == [len(policy.encode(" Lima"))] * 2  # the end token is no word
+    counted = ReflectionReward(policy, encode_outcome=lambda text: len(text.split())).reflect([t])[0]
+    assert counted.outcome.tolist() == [1.0]
+    prefixed = ReflectionReward(policy, prefix=" Lima").reflect([t])[0]
+    assert prefixed.outcome.tolist() == [0.0]
+    without_ids = reward.reflect([said(policy, task, text, ids=False)])[0]
+    assert without_ids.outcome.tolist() == one.outcome.tolist()[:1]
+
+
+def test_tools_between_stand_in_the_context(policy) -> None:
+    task = Task("a", "x", " Lima")
+    turns = (Turn("policy", "<think>ask"), Turn("environment", "it said</think>"), Turn("policy", " so</think> Lima"))
+    t = Trajectory(task, turns, StopReason.DONE, prompt_ids=(5,))
+    one = ReflectionReward(policy).reflect([t])[0]
+    context = [5, *(i for x in ("<think>ask", "it said</think>", " so</think>") for i in policy.encode(x))]
+    assert one.L[0].tolist() == pytest.approx(slow_logprobs(policy, context, policy.encode(" Lima")), abs=1e-4)
+
+
+def test_the_length_weight_is_matched_once_and_kept(policy) -> None:
+    task = Task("a", "x", " Lima, of course.")
+    group = [said(policy, task, f"<think>{w}</think>{' Lima' * n}") for w, n in (("one", 1), ("two", 4), ("x", 2))]
+    reward = ReflectionReward(policy)
+    alike = [said(policy, task, f"<think>{w}</think> Lima") for w in ("one", "two")]
+    reward(alike)
+    assert reward.lambda_len is None  # equal lengths tell nothing
+    scores = reward(group)
+    r3, length = (np.array([s.parts[k] for s in scores]) for k in ("r3", "length"))
+    assert reward.lambda_len == pytest.approx(r3.std() / length.std())
+    assert [s.value for s in scores] == pytest.approx(r3 + reward.lambda_len * length)
+    before = reward.lambda_len
+    reward(group[:2])
+    assert reward.lambda_len == before
+    again = ReflectionReward(policy)
+    again.load_state_dict(reward.state_dict())
+    assert again.lambda_len == before
+
+
+def test_a_lagged_scorer_is_renewed_now_and_then(policy) -> None:
+    own = tiny_policy(hidden=32, heads=2, seed=2)
+    task = Task("a", "x", " Lima")
+    group = [said(own, task, f"<think>{w}</think> a") for w in ("one", "two")]
+    reward = ReflectionReward(own, lambda_len=0.0, refresh=2)
+    value = lambda step: reward(group, progress=Progress(step, 10))[0].value  # noqa: E731
+    first = value(0)
+    with torch.no_grad():
+        own.model.get_input_embeddings().weight[:, 0] += 1.0
+    assert value(1) == first
+    second = value(2)
+    assert second != first and second == pytest.approx(ReflectionReward(own, lambda_len=0.0)(group)[0].value)
+    restored = ReflectionReward(own, lambda_len=0.0, refresh=2)
+    restored.load_state_dict(reward.state_dict())
+    with torch.no_grad():
+        own.model.get_input_embeddings().weight[:, 0] -= 1.0
+    assert restored(group, progress=Progress(3, 10))[0].value == second
+
+
+def test_choosing_tasks_by_their_traces(policy) -> None:
+    tasks = [Task("a", "x", " Lima"), Task("b", "y", " Lima"), Task("c", "z", " Lima")]
+    groups = [
+        Group(tasks[0], (said(policy, tasks[0], "<think>p</think>"), said(policy, tasks[0], "<think>q r</think>"))),
+        Group(tasks[1], (said(policy, tasks[1], "<think>p</think>"),) * 2),
+        Group(tasks[2], (said(policy, tasks[2], "<think>p"),) * 2),
+    ]
+    reward = ReflectionReward(policy)
+    assert reward.select(groups, R3Filter(top_k=10_000, drop_fraction=0.5)).tolist() == [0]
+    assert reward.select(groups, R3Filter(top_k=1, drop_fraction=0.0)).tolist() == []
+    carried = reward.select(groups, R3Filter(top_k=10_000, drop_fraction=0.5, carry=1.0), previous=["c"])
+    assert carried.tolist() == [0, 2]
+
+
+def test_mistakes_in_the_set_up_are_named(policy) -> None:
+    for bad in ({"end": ""}, {"masked": "x"}, {"refresh": 0}, {"lambda_len": -1.0}, {"lambda_r3": float("nan")}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            ReflectionReward(policy, **bad)
+    for gold in (None, "", "  ", 7):
+        with pytest.raises(ConfigError, match="reference text"):
+            ReflectionReward(policy)([said(policy, Task("a", "x", gold), "<think>a</think> b")])
+    with pytest.raises(ConfigError, match="batch_size"):
+        score_reference(policy.model, [[1]], [2], batch_size=0)
+    with pytest.raises(DataError, match="no contexts"):
+        score_reference(policy.model, [], [2])
+    with pytest.raises(ConfigError, match="prompts"):
+        reference_logprobs(policy.model, policy.tokenizer, ["a", "b"], ["c"], "d")
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
+@settings(max_examples=15, deadline=None)
+def test_no_text_breaks_it(texts: list[str]) -> None:
+    policy = _POLICY
+    task = Task("a", "x", " Lima")
+    scores = ReflectionReward(policy)([said(policy, task, f"<think>{x}</think>{x}", ids=False) for x in texts])
+    assert all(np.isfinite(s.value) if s.valid else s.reason for s in scores)
+
+
+_POLICY = tiny_policy(hidden=32, heads=2, seed=1)

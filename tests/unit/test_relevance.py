@@ -123,6 +123,40 @@ def test_a_closed_question_needs_its_reference() -> None:
         RegularizedRelevance(encode, lambda q: "maybe", "identity")(["q"], [None], ["lima"])
 
 
+def test_marks_of_a_chat_format_are_no_words() -> None:
+    reward = RegularizedRelevance(encode, kind, "identity")
+    plain, marked = "lima lima", "<|im_start|>assistant lima lima<|im_end|>"
+    batch = reward(["tell peru"] * 2, [None] * 2, [plain, marked])
+    assert batch.total[0] == batch.total[1] and batch.parts["length"].tolist() == [0.02, 0.02]
+    assert reward(["what peru"], ["lima"], ["<eos>"]).total[0] == 0.0
+    own = RegularizedRelevance(encode, kind, markers=["##"])(["tell peru"], [None], ["lima ##<eos>"])
+    assert own.parts["length"][0] == 0.02
+    x, y = ["peru", "peru", "chess"], ["lima", "peru", "chess"]
+    answers = ["lima a b", "peru", "chess c"]
+    scales = [RegularizedRelevance(encode, kind).fit_scale(x, y, [a + end for a in answers]) for end in ("", "<eos>")]
+    assert scales[0].state_dict() == scales[1].state_dict()
+
+
+def test_words_are_counted_before_the_encoder_cuts() -> None:
+    cut = lambda texts: encode([" ".join(t.split()[:2]) for t in texts])  # noqa: E731
+    batch = RegularizedRelevance(cut, kind)(["tell peru"], [None], ["lima lima lima lima lima"])
+    assert batch.parts["r_x"][0] == 0.0 + np.dot(encode(["tell peru"])[0], encode(["lima lima"])[0])
+    assert batch.parts["length"][0] == 0.05 and batch.parts["repetition"][0] == pytest.approx(1 / 3)
+
+
+def test_a_scale_that_falls_is_refused() -> None:
+    with pytest.raises(ConfigError, match="increasing"):
+        RegularizedRelevance(encode, kind, lambda r: -r)(["what peru"] * 2, ["lima"] * 2, ["lima", "peru"])
+    with pytest.raises(ConfigError, match="one by one"):
+        RegularizedRelevance(encode, kind, lambda r: 1.0)(["what peru"], ["lima"], ["lima"])
+
+
+def test_the_reference_does_not_leak_into_open_questions() -> None:
+    reward = RegularizedRelevance(encode, kind, "identity")
+    with_reference, without = (reward(["tell peru"], [y], ["lima"]).total[0] for y in ("lima", None))
+    assert with_reference == without
+
+
 def test_on_trajectories_the_type_may_come_with_the_task() -> None:
     reward = RegularizedRelevance(encode, F="identity")
     tasks = [Task("a", "peru", None, {"type": "open"}), Task("b", "peru", "lima", {"type": "closed"})]
@@ -152,6 +186,9 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: EmbeddingRelevance(3),  # type: ignore[arg-type]
         lambda: RegularizedRelevance(encode, terms=("x",)),
         lambda: RegularizedRelevance(encode, F=3),  # type: ignore[arg-type]
+        lambda: RegularizedRelevance(encode, unit=0),
+        lambda: RegularizedRelevance(encode, n=0),
+        lambda: RegularizedRelevance(encode, markers="x"),
         lambda: QuantileAffine((1, 0)),
         lambda: Product(),
         lambda: EmbeddingRelevance(encode)(["a"], []),
@@ -163,6 +200,22 @@ def test_what_does_not_fit_is_refused() -> None:
         EmbeddingRelevance(lambda texts: np.zeros((1, 2)))(["a", "b"], ["c", "d"])
     with pytest.raises(DataError, match="finite"):
         EmbeddingRelevance(lambda texts: np.full((len(texts), 2), np.nan))(["a"], ["b"])
+
+
+words = st.lists(st.sampled_from(["peru", "lima", "chess", "x"]), min_size=1, max_size=12).map(" ".join)
+
+
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_the_parts_multiply_to_the_total(items: list[tuple[str, str]]) -> None:
+    x, yhat = ["tell " + q for q, _ in items], [r for _, r in items]
+    batch = RegularizedRelevance(encode, kind)(x, [None] * len(x), yhat)
+    slow = [
+        float(encode([q])[0] @ encode([r])[0]) * (len(r.split()) / 100) * ngram_uniqueness(r)
+        for q, r in zip(x, yhat, strict=True)
+    ]
+    assert batch.total == pytest.approx(slow)
+    assert batch.total == pytest.approx(batch.parts["r_x"] * batch.parts["length"] * batch.parts["repetition"])
 
 
 @given(st.text(max_size=50))

@@ -109,6 +109,15 @@ def reward() -> object:
     return gd.rewards.ExactMatch() + 0.2 * gd.rewards.TagFormat("think", "answer")
 
 
+def test_trl_token_ids_are_what_lengths_count() -> None:
+    from guerdon.rewards import LinearLength
+
+    function = gd.integrations.trl(LinearLength(10))
+    assert function(["q"] * 2, ["a b", "a"], completion_ids=[[5, 6, 7, 8], [5]]) == pytest.approx([0.4, 0.1])
+    turn = [{"role": "assistant", "content": "a b"}]
+    assert function(["q"], [turn], completion_ids=[[5, 6]]) == pytest.approx([0.2])
+
+
 def test_trl_convention() -> None:
     class State:
         global_step, max_steps = 5, 11
@@ -153,11 +162,6 @@ def test_verl_openrlhf_and_verifiers_conventions() -> None:
     failing = gd.integrations.verl(gd.rewards.ExactMatch(on_error="drop"))
     with pytest.raises(RewardError, match="no missing rewards"):
         failing("d", GOOD, None)
-
-
-def test_a_rubric_of_verifiers() -> None:
-    vf = pytest.importorskip("verifiers", reason="verifiers is not installed")
-    assert isinstance(gd.integrations.verifiers_rubric([(reward(), 1.0)]), vf.Rubric)
 
 
 # Streams ---------------------------------------------------------------------------------------------------------

@@ -13,20 +13,12 @@ from hypothesis import strategies as st
 
 from guerdon.errors import ConfigError, DataError, RewardError
 from guerdon.rewards import Reward
-from guerdon.rewards.sql import (
-    ExecutionMatch,
-    NgramOverlap,
-    OnlyIf,
-    SchemaOverlap,
-    SQLExecutor,
-    SQLFormat,
-    SQLSyntax,
-    WeightedSum,
-    extract_sql,
-    reasoning_sql,
-    same_rows,
-)
+from guerdon.rewards.sql import ExecutionMatch, NgramOverlap, SchemaOverlap, SQLFormat, SQLSyntax
+from guerdon.rewards.sql_base import extract_sql
+from guerdon.rewards.sql_execution import SQLExecutor
 from guerdon.rewards.sql_items import first_statement, has_order, jaccard, read_schema, schema_items, token_ngrams
+from guerdon.rewards.sql_rows import same_rows
+from guerdon.rewards.sql_total import OnlyIf, WeightedSum, reasoning_sql
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what the kernel enforces is Linux's")
 pytest.importorskip("sqlglot", reason="SQL rewards need sqlglot")
@@ -66,6 +58,13 @@ def executor() -> SQLExecutor:
         ("SELECT nope FROM emp", "?.nope emp"),
         ("SELECT id FROM emp UNION SELECT id FROM dept", "dept dept.id emp emp.id"),
         ("name emp ((", "emp emp.name"),
+        ("SELECT title FROM emp JOIN dept USING (id)", "dept dept.id dept.title emp emp.id"),
+        ("SELECT a.name FROM (emp a JOIN dept b ON a.dept_id = b.id)", "dept dept.id emp emp.dept_id emp.name"),
+        ("SELECT x FROM (SELECT name AS x FROM emp)", "emp emp.name"),
+        ("SELECT name FROM emp UNION SELECT title FROM dept ORDER BY name", "dept dept.title emp emp.name"),
+        ("SELECT a.id FROM emp a, emp b WHERE a.id = b.id", "emp emp.id"),
+        ("SELECT emp.name FROM main.emp WHERE name = 'dept'", "emp emp.name"),
+        ("SELECT 1; SELECT name FROM emp", ""),
         ("SELECT 1", ""),
         ("", ""),
     ],
@@ -84,6 +83,14 @@ def test_a_star_need_not_be_expanded_and_a_schema_may_be_ddl() -> None:
         schema_items("SELECT FROM WHERE (", SCHEMA, strict=True)
 
 
+def test_a_scan_knows_quoted_names_of_many_words() -> None:
+    schema = {"schools": ["Free Meal Count (K-12)", "città"]}
+    for text in ("SELECT `Free Meal Count (K-12)` FROM schools WHERE ((", 'SELECT "free meal count (k-12)" FROM schools ((',
+                 "SELECT [Free Meal Count (K-12)] FROM schools (("):  # fmt: skip
+        assert schema_items(text, schema) == {"schools", "schools.free meal count (k-12)"}
+    assert schema_items("città ((, schools", schema) == {"schools", "schools.città"}
+
+
 def test_ngrams_are_sets_of_lower_case_tokens() -> None:
     assert token_ngrams("SELECT a FROM t") == {("select", "a"), ("a", "from"), ("from", "t")}
     assert token_ngrams("SELECT a, a, a", 2) == {("select", "a"), ("a", ","), (",", "a")}
@@ -95,6 +102,14 @@ def test_ngrams_are_sets_of_lower_case_tokens() -> None:
         0.2,
     ]
     assert NgramOverlap(1)(["a b"], ["b c"])[0] == pytest.approx(1 / 3)
+    # the end of a statement and what follows it are not part of it; white space in a keyword is not either
+    assert NgramOverlap()(["SELECT a FROM t ;", "SELECT a FROM t; SELECT b"], ["SELECT a FROM t"] * 2).tolist() == [
+        1,
+        1,
+    ]
+    assert token_ngrams("a ORDER   BY b") == token_ngrams("A order by B")
+    # one token has no bigram: like another such query, unlike any other
+    assert NgramOverlap()(["x", "x", "x y"], ["y", "y z", "y"]).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_empty_sets_agree_and_one_empty_set_does_not() -> None:
@@ -118,6 +133,17 @@ def test_rows_are_compared_as_sets_unless_order_counts() -> None:
     assert not same_rows([(1,), (2,)], [(2,), (1,)], ordered=True)
     assert not same_rows([(0.1 + 0.2,)], [(0.3,)]) and same_rows([(0.1 + 0.2,)], [(0.3,)], tolerance=1e-9)
     assert same_rows([], []) and not same_rows([], [(None,)])
+    # near numbers in another order, duplicates but for the tolerance, infinities, texts beside numbers
+    near = [(0.1 + 1e-12, "b"), (0.1, "a"), (5, "c")]
+    assert same_rows(near, [(0.1, "b"), (0.1 + 1e-12, "a"), (5.0, "c"), (5.0 + 1e-12, "c")], tolerance=1e-9)
+    assert not same_rows(near, [(0.1, "a"), (5, "c")], tolerance=1e-9)
+    assert same_rows([(float("inf"),)], [(float("inf"),)], tolerance=0.1)
+    assert not same_rows([("1",)], [(1,)], tolerance=0.5) and not same_rows([(None,)], [(0,)], tolerance=0.5)
+    assert same_rows([(1000.0, 1)], [(1009.0, 1)], tolerance=0.01) and not same_rows(
+        [(1000,)], [(1011,)], tolerance=0.01
+    )
+    assert same_rows([(1,), (2,)], [(1,), (2.0,)], ordered=True) and not same_rows([(1,), (1,)], [(1,)], ordered=True)
+    assert not same_rows([(1, 2)], [(1,)]) and same_rows([(b"x",)], [(b"x",)]) and not same_rows([(b"x",)], [("x",)])
 
 
 def test_execution_match(db: sqlite3.Connection, executor: SQLExecutor) -> None:
@@ -182,7 +208,17 @@ def test_the_format_is_exactly_two_blocks(text: str, value: float) -> None:
     assert SQLFormat()([text])[0] == value
 
 
+@pytest.mark.parametrize(
+    "block",
+    ["```sql\nSELECT 1\n```", "```sql SELECT 1```", "```\nSELECT 1\n```", "```SQL\nSELECT 1", "so: ```SELECT 1``` it is",
+     "```python\nx\n```\n```sqlite\nSELECT 1\n```", "```sql\nSELECT 0\n```\n```sql\nSELECT 1\n```", "\n SELECT 1 \n"],
+)  # fmt: skip
+def test_a_fence_in_any_form_is_taken_off(block: str) -> None:
+    assert extract_sql(f"<answer>SELECT 9</answer><answer>{block}</answer>") == "SELECT 1"
+
+
 def test_the_candidate_is_the_last_answer_without_its_fence() -> None:
+    assert extract_sql("<answer>``````</answer>") == "" and extract_sql("<answer>```</answer>") == ""
     assert extract_sql("<answer>a</answer><answer>\n```sql\nSELECT 1;\n```\n</answer>") == "SELECT 1;"
     assert extract_sql("SELECT 1") == "" and extract_sql("<answer> SELECT 1 </answer>") == "SELECT 1"
 
@@ -209,10 +245,10 @@ def test_the_published_total(db: sqlite3.Connection, executor: SQLExecutor) -> N
         "SELECT name FROM emp",
     ]
     batch = total(texts, [gold] * 3, [db] * 3, [SCHEMA] * 3)
-    # identical: 3 + 0 + 1 + 1 + 1 + 1; wrong: 2 * 0.5 + 1 + 1/3 + 1/5 + 1; without tags: 2 * 0.5 alone
-    assert np.allclose(batch.total, [7.0, 1 + 1 + 1 / 3 + 1 / 5 + 1, 1.0])
-    assert batch.parts["judge"].tolist() == [0.0, 0.5, 0.5]
-    assert judge.asked == ["sql-1", "sql-2"]
+    # identical: 3 + 0 + 1 + 1 + 1 + 1; wrong: 2 * 0.5 + 1 + 1/3 + 1/5 + 1; without tags there is no query, and nobody is asked
+    assert np.allclose(batch.total, [7.0, 1 + 1 + 1 / 3 + 1 / 5 + 1, 0.0])
+    assert batch.parts["judge"].tolist() == [0.0, 0.5, 0.0]
+    assert judge.asked == ["sql-1"]
     assert total.range == (0.0, 9.0)
     with pytest.raises(ConfigError, match=r"unknown term 'judge'.*give judge="):
         reasoning_sql(executor, weights={"judge": 1})

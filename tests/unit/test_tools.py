@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -223,14 +224,107 @@ def test_no_completion_raises(text: str) -> None:
     assert -3.0 <= ToolRLReward()([text], [CALLS]).total[0] <= 4.0
 
 
-def test_every_reference_of_the_real_dialogues_earns_the_most_that_it_can() -> None:
+def real_outputs() -> list[str]:
     path = Path(__file__).parents[3] / "shared" / "data" / "tools" / "rlla_sft.json"
     if not path.is_file():
         pytest.skip("the tool-calling dialogues of ../shared are not here")
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    # Thoughts are cut out: in 17 of 400 they name the tag themselves, and the first tag of a text is where calls begin.
-    outputs = [re.sub(r"<think>.*</think>", "<think> t </think>", r["output"], flags=re.DOTALL).strip() for r in rows]
-    batch = ToolRLReward()(outputs, outputs)
-    most = [4.0 if "<tool_call>" in o else 1.0 for o in outputs]
+    return [row["output"].strip() for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def test_every_reference_of_the_real_dialogues_earns_the_most_that_it_can() -> None:
+    outputs = real_outputs()
+    calling = ["<tool_call>" in o.rsplit("</think>", 1)[-1] for o in outputs]
+    assert len(outputs) == 400 and all(
+        reference_calls(o)[1] is not None for o, c in zip(outputs, calling, strict=True) if c
+    )
+    most = [4.0 if c else 1.0 for c in calling]
+    # Without their thoughts, 17 of which name a tag themselves: only the form of a few can be wrong.
+    bare = [re.sub(r"<think>.*</think>", "<think> t </think>", o, flags=re.DOTALL) for o in outputs]
+    batch = ToolRLReward()(bare, outputs)
     assert batch.parts["correctness"].tolist() == [m - 1 for m in most]
-    assert (batch.total == most).mean() > 0.9
+    assert batch.total.tolist() == most
+    # As they are: a thought that names the tag is where the calls are looked for, and the answer is lost.
+    batch = ToolRLReward()(outputs, outputs)
+    named = [bool(re.search("</?(tool_call|response)>", o.rsplit("</think>", 1)[0])) for o in outputs]
+    assert batch.total[[not n for n in named]].tolist() == [m for m, n in zip(most, named, strict=True) if not n]
+    assert sum(named) == 17 and max(batch.total[named]) < 4.0
+
+
+def test_damaged_answers_of_the_real_dialogues_cost_what_the_formula_says() -> None:
+    wanted = [calls for o in real_outputs() if (calls := reference_calls(o)[1]) is not None]
+    match = ToolCallMatch()
+    for calls in wanted:
+        s_max = 1 + sum(1 + len(c["parameters"]) for c in calls)
+        first, *rest = calls
+        renamed = [{**first, "name": "no such tool"}, *rest]
+        assert match.explain(renamed, calls)["s_max"] == s_max
+        assert match.score(renamed, calls) < 3.0
+        if not rest:
+            assert match.score(renamed, calls) == -3.0
+            extra = [{**first, "parameters": {**first["parameters"], "no such key": 0}}]
+            n = len(first["parameters"])
+            keys = n / (n + 1)
+            assert match.score(extra, calls) == pytest.approx(6 * (1 + keys + n) / s_max - 3)
+
+
+def test_a_reference_is_read_behind_its_thought() -> None:
+    thinking = CALLS.replace("<think>t", "<think>I need <tool_call> and <response>")
+    assert reference_calls(thinking)[1] == G
+    assert ToolRLReward()([CALLS, WORDS], [thinking] * 2).total.tolist() == [4.0, -3.0]
+    # In an answer the first tag counts, as in the paper's code: the policy's own thought must not name it.
+    assert ToolRLReward()([thinking], [CALLS]).total[0] == -3.0
+
+
+def test_the_smooth_schedule_moves_towards_the_ranges_that_are_given() -> None:
+    smooth = ScaleSchedule("smooth")
+    assert smooth.ranges((0.0, 1.0), (-1.0, 1.0), 75) == ((-1.0, 1.5), (-1.5, 1.5))
+    assert (
+        smooth.ranges((0.0, 1.0), (-1.0, 1.0), 150)
+        == ((-1.0, 1.0), (-1.0, 1.0))
+        == smooth.ranges((0.0, 1.0), (-1.0, 1.0), 10**6)
+    )
+    assert toolrl(schedule="smooth").range == (-4.0, 4.0)
+    assert toolrl(schedule="two_stage").range == (-3.0, 3.5)
+    # Step 0, right calls in the wrong form: 2 for the calls, -2 for the form.
+    assert toolrl(schedule="smooth")([CALLS + "!"], [CALLS]).total[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<tool_call>",
+        "</tool_call>\n",
+        "</think>\n<tool_call>",
+        "<think>",
+        '{"name": "f"}\n',
+        "\x00",
+        "\u202e\U0001f600",
+    ],
+)
+def test_a_megabyte_costs_no_more_than_its_length(piece: str) -> None:
+    text = "<think>" + piece * (1_000_000 // len(piece))
+    began = time.process_time()
+    total = ToolRLReward()([text, text + CALLS], [CALLS] * 2).total
+    assert total[0] == -3.0 <= total[1] <= 4.0  # 4 where the megabyte is a long thought
+    assert time.process_time() - began < 2.0
+
+
+def test_json_that_is_odd() -> None:
+    def one(line: str) -> str:
+        return f"<think>t</think>\n<tool_call>\n{line}\n</tool_call>"
+
+    assert parse_tool_calls(one('{"name": "f", "parameters": {"a": 1, "a": 2}}')) == [
+        {"name": "f", "parameters": {"a": 2}}
+    ]
+    huge = parse_tool_calls(one('{"name": "f", "parameters": {"a": 1e999}}'))
+    assert ToolCallMatch().score(huge, huge) == 3.0
+    assert ToolCallMatch().score(parse_tool_calls(one('{"name": "f", "parameters": {"a": NaN}}')), G) < 0
+    with pytest.raises(ToolParseError):
+        parse_tool_calls(one('{"name": "f", "parameters": {"a": ' + "9" * 5000 + "}}"))
+    for blank in ("\n\n", "  "):
+        with pytest.raises(ToolParseError):
+            parse_tool_calls(f"<tool_call>{blank}</tool_call>")
+    with pytest.raises(DataError, match="text or a list of calls, got int"):
+        reference_calls(3)
+    with pytest.raises(DataError, match="objects with name and parameters"):
+        reference_calls([{"name": "f"}])

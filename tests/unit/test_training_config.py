@@ -182,3 +182,9 @@ def test_an_unknown_nested_key_is_still_refused():
 
     with pytest.raises(ConfigError, match=r"online\.stepps"):
         RunConfig.from_mapping(load_yaml(None, ["online.stepps=20"]))
+
+
+def test_wsd_is_constant_and_then_falls_over_the_last_quarter():
+    rate = OptimiserConfig(schedule="wsd", warmup=4, final=0.2)
+    found = [round(rate.scale(step, 84), 6) for step in (0, 3, 4, 40, 64, 74, 84)]
+    assert found == [0.2, 0.8, 1.0, 1.0, 1.0, 0.6, 0.2]

@@ -12,6 +12,7 @@ from guerdon.cli.papers import papers_command, reproduce_command
 from guerdon.cli.route import app as route_app
 from guerdon.cli.score import score_command
 from guerdon.cli.serve import keys_app, serve_command
+from guerdon.cli.serve_rewards import serve_rewards_command
 from guerdon.cli.train import train_command
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app.command("papers")(papers_command)
 app.command("reproduce")(reproduce_command)
 app.command("score")(score_command)
 app.command("serve")(serve_command)
+app.command("serve-rewards")(serve_rewards_command)
 app.command("train")(train_command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(route_app, name="route")

@@ -11,7 +11,7 @@ import typer
 
 from guerdon.cli.common import guarded, progress
 
-__all__ = ["score_command"]
+__all__ = ["read_spec", "score_command"]
 
 
 @guarded
@@ -35,14 +35,10 @@ def score_command(
 
     Example: guerdon score rewards.yaml < in.jsonl > out.jsonl
     """
-    from guerdon.errors import ConfigError, DataError
+    from guerdon.errors import DataError
     from guerdon.evaluation.score_stream import Summary, read_records, score_records
-    from guerdon.training.config import load_yaml
 
-    spec = load_yaml(rewards)
-    unknown = sorted(set(spec) - {"reward"})
-    if unknown or "reward" not in spec:
-        raise ConfigError(f"{rewards}: one key 'reward' is expected, got {', '.join(map(repr, spec)) or 'nothing'}")
+    spec = read_spec(rewards)
     if source is not None and not source.is_file():
         raise DataError(f"{source} does not exist; give a file, or nothing for standard input")
     records = read_records(source if source is not None else sys.stdin, format)
@@ -55,7 +51,7 @@ def score_command(
         progress(f"{out} holds {done} scores; going on behind them")
     target: Any = out.open("a", encoding="utf-8") if out is not None else sys.stdout
     try:
-        for row in score_records(records, spec["reward"], workers=workers, batch=batch, first=done):
+        for row in score_records(records, spec, workers=workers, batch=batch, first=done):
             target.write(json.dumps(row, ensure_ascii=True, allow_nan=False, default=str) + "\n")
             found.add(row)
             if found.n % 10_000 == 0:
@@ -73,6 +69,21 @@ def score_command(
         plot_histogram(found.sample(), histogram, xlabel="reward", title=f"{found.valid} of {found.n} records")
     if strict and found.valid < found.n:
         raise typer.Exit(1)
+
+
+def read_spec(rewards: Path) -> Any:
+    """What a file of rewards says under its one key ``reward``.
+
+    Raises:
+        ConfigError: it has other keys, or is no YAML.
+    """
+    from guerdon.errors import ConfigError
+    from guerdon.training.config import load_yaml
+
+    found = load_yaml(rewards)
+    if set(found) != {"reward"}:
+        raise ConfigError(f"{rewards}: one key 'reward' is expected, got {', '.join(map(repr, found)) or 'nothing'}")
+    return found["reward"]
 
 
 def _resume(out: Path, found: Any) -> int:

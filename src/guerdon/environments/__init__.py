@@ -6,11 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from guerdon.environments import arithmetic, continued, gridworld_text, meta_bandit, worldfacts
+    from guerdon.environments import (
+        arithmetic,
+        continued,
+        gridworld_text,
+        meta_bandit,
+        mixed_tasks,
+        simplification,
+        sql_tasks,
+        tool_tasks,
+        worldfacts,
+    )
     from guerdon.environments.base import Dataset
     from guerdon.environments.single import SingleTurn
 
-__all__ = ["Dataset", "SingleTurn", "arithmetic", "continued", "gridworld_text", "meta_bandit", "worldfacts"]
+__all__ = [
+    "Dataset",
+    "SingleTurn",
+    "arithmetic",
+    "continued",
+    "gridworld_text",
+    "meta_bandit",
+    "mixed_tasks",
+    "simplification",
+    "sql_tasks",
+    "tool_tasks",
+    "worldfacts",
+]
 
 
 def __getattr__(name: str) -> Any:

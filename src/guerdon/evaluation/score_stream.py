@@ -18,6 +18,8 @@ from guerdon.errors import ConfigError, DataError, MissingDependency
 __all__ = ["Summary", "read_records", "score_records"]
 
 _REFERENCES = ("reference", "answer", "answers", "golds", "solution", "ground_truth", "label")
+_PROMPTS = ("prompt", "question", "messages")
+_COMPLETIONS = ("completion", "response", "output", "text")
 _RESERVOIR = 10_000
 
 
@@ -73,17 +75,13 @@ def _parquet(source: Any) -> Iterator[dict[str, Any]]:
 
 
 def completion_of(record: Mapping[str, Any]) -> Any:
-    """The completion of a record: ``completion`` or ``response``, or an OpenAI-format reply under ``choices``."""
-    for key in ("completion", "response", "output", "text"):
+    """The completion of a record: ``completion``, ``response``, ``output`` or ``text``, or the record itself where it is
+    an OpenAI-format reply (``choices``)."""
+    for key in _COMPLETIONS:
         if record.get(key) is not None:
             return record[key]
-    choices = record.get("choices")
-    if isinstance(choices, list) and choices:
-        message = choices[0].get("message") if isinstance(choices[0], Mapping) else None
-        if isinstance(message, Mapping):
-            return [{"role": "assistant", "content": message.get("content")}]
-        if isinstance(choices[0], Mapping) and "text" in choices[0]:
-            return choices[0]["text"]
+    if record.get("choices") is not None:
+        return {"choices": record["choices"]}
     raise DataError("no completion: give completion (text or messages), or an OpenAI-format reply with choices")
 
 
@@ -161,12 +159,25 @@ class _Running:
 _REWARD: Any = None
 
 
-def _open(spec: Any) -> None:
-    """Make the reward once per process."""
+def open_reward(spec: Any) -> Any:
+    """Make the reward with which this process scores, once, and return it."""
     global _REWARD
     from guerdon.training.job import make_reward
 
     _REWARD = make_reward(spec)
+    return _REWARD
+
+
+def check_workers(spec: Any, workers: int) -> None:
+    """Check that a reward can be made, and by so many processes.
+
+    Raises:
+        UnknownName, ConfigError: it cannot be made, or it has running statistics and there are several workers.
+    """
+    from guerdon.training.job import make_reward
+
+    if _has_state(make_reward(spec).state_dict()) and workers > 1:
+        raise ConfigError("this reward keeps running statistics, which workers would not share; use one worker")
 
 
 def score_records(
@@ -175,8 +186,9 @@ def score_records(
     """Score records, in order.
 
     Args:
-        records: with ``completion`` (text or messages; or an OpenAI-format reply), and optionally ``prompt``, ``reference``
-            (or ``answer``, ``golds``, ...), ``id`` and anything else, which is the task's ``meta``.
+        records: with ``completion`` (text, messages, or an OpenAI-format reply) or ``choices``, and optionally ``prompt``
+            (or ``messages``), ``reference`` (or ``answer``, ``golds``, ...), ``id`` and anything else, which is the task's
+            ``meta``.
         spec: the reward, as YAML spells it.
         workers: processes; each makes the reward anew.
         batch: records scored together.
@@ -188,22 +200,22 @@ def score_records(
     Raises:
         ConfigError: a reward with running statistics and several workers.
     """
-    from guerdon.training.job import make_reward
-
     if workers < 1 or batch < 1:
         raise ConfigError(f"workers and batch must be at least 1, got {workers} and {batch}")
-    if workers > 1 and _has_state(make_reward(spec).state_dict()):
-        raise ConfigError("this reward keeps running statistics, which workers would not share; use one worker")
+    if workers > 1:
+        check_workers(spec, workers)
     chunks = _chunks(records, batch, first)
     if workers == 1:
-        _open(spec)
+        open_reward(spec)
         for chunk in chunks:
             yield from score_chunk(chunk)
         return
     from concurrent.futures import Future, ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_open, initargs=(spec,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=open_reward, initargs=(spec,)
+    ) as pool:
         waiting: deque[Future[list[dict[str, Any]]]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(score_chunk, chunk))
@@ -234,14 +246,15 @@ def score_chunk(chunk: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     good: list[tuple[int, Trajectory]] = []
     for k, (number, record) in enumerate(chunk):
-        name = record.get("id", number)
+        name = record.get("id", record.get("custom_id", number))
         row: dict[str, Any] = {"id": name, "value": None, "valid": False, "reason": None, "parts": {}}
         rows.append(row)
         key = next((c for c in _REFERENCES if record.get(c) is not None), None)
         meta = {c: v for c, v in record.items() if c not in ("id", "prompt", "completion", key)}
         try:
             made = to_trajectory(
-                record.get("prompt", record.get("question")), completion_of(record), record.get(key) if key else None,
+                next((record[c] for c in _PROMPTS if record.get(c) is not None), None),
+                completion_of(record), record.get(key) if key else None,
                 task_id=str(name), meta=meta,
             )  # fmt: skip
         except DataError as error:

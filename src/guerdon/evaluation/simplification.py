@@ -2,7 +2,8 @@
 
 Source: Xu et al. 2016, "Optimizing Statistical Machine Translation for Text Simplification" (TACL 4). As usual in its
 implementations: n-grams of one to four words, an F-measure for keeping and adding, precision for deleting. The recall of
-keeping counts occurrences, as the corrected implementations do. Texts are split at blanks: separate punctuation first.
+keeping counts occurrences, as the corrected implementations do. Case is ignored. Texts are split at blanks: separate
+punctuation first.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ from typing import Any
 _HOME: dict[str, str] = {
     "openrlhf": "trainers",
     "trl": "trainers",
-    "verifiers": "trainers",
-    "verifiers_rubric": "trainers",
+    "verifiers": "rubrics",
+    "verifiers_rubric": "rubrics",
+    "verifiers_task_reward": "rubrics",
     "verl": "trainers",
+    "verl_remote": "remote",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605

@@ -1,26 +1,32 @@
-"""Rewards in the calling conventions of TRL, verl, OpenRLHF and verifiers.
+"""Rewards in the calling conventions of TRL, verl and OpenRLHF; :mod:`guerdon.integrations.rubrics` has verifiers'.
 
 Each function takes any Guerdon reward and returns a plain function; none of these projects is needed to make it. What
 the reward says about failures holds there too: ``on_error="raise"`` stops the run, ``"drop"`` becomes what the project
 takes for a missing value (TRL: ``None``), and where it has no such thing the failure is raised.
+
+Conventions as of TRL 1.16 (before it took out rows without any reward, such a row's reward was 0 there), verl 0.8.0.dev
+(``verl/experimental/reward_loop``) and OpenRLHF 0.11.0 (``openrlhf/utils/agent.py``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from guerdon.errors import ConfigError, RewardError
-from guerdon.rewards.base import Progress, Reward, as_reward
-from guerdon.rewards.conversation import score_all, to_trajectory
-from guerdon.types import Score
+from guerdon.rewards.base import Progress, Reward, Weighted, as_reward, unique_names
+from guerdon.rewards.conversation import after_prompt, score_all, to_trajectory
+from guerdon.types import Score, Trajectory
 
-__all__ = ["openrlhf", "trl", "verifiers", "verifiers_rubric", "verl"]
+__all__ = ["function_name", "openrlhf", "score_one", "trl", "verl", "with_parts"]
 
 _COLUMNS = ("reference", "answer", "solution", "ground_truth", "golds", "label")
 
 
-def _name(reward: Reward) -> str:
+def function_name(reward: Reward) -> str:
+    """A reward's name as an identifier: under it trainers log the function."""
     return "".join(c if c.isalnum() else "_" for c in reward.name).strip("_") or "reward"
 
 
@@ -34,7 +40,8 @@ def trl(reward: Any, *, reference: str | None = None) -> Callable[..., list[floa
 
     Returns:
         ``f(prompts, completions, **columns) -> list of floats``; conversational and plain formats are understood, tool
-        results inside a completion are no words of the policy, and ``None`` stands where the reward gives no value. All
+        results inside a completion are no words of the policy, and ``None`` stands where the reward gives no value. The
+        token ids that TRL passes beside a completion of one turn are the turn's, so that lengths count real tokens. All
         other columns are in ``task.meta``; training progress is passed on.
     """
     scorer = as_reward(reward)
@@ -46,13 +53,17 @@ def trl(reward: Any, *, reference: str | None = None) -> Callable[..., list[floa
         key = reference if reference is not None else next((c for c in _COLUMNS if c in rows), None)
         if reference is not None and reference not in rows:
             raise ConfigError(f"the dataset has no column {reference!r}; its columns are {', '.join(sorted(rows))}")
+        ids = rows.get("completion_ids")
         trajectories = [
-            to_trajectory(
-                prompts[k],
-                completions[k],
-                rows[key][k] if key is not None else None,
-                task_id=f"completion {k}",
-                meta={c: v[k] for c, v in rows.items() if c not in (key, "completion_ids")},
+            _with_ids(
+                to_trajectory(
+                    prompts[k],
+                    completions[k],
+                    rows[key][k] if key is not None else None,
+                    task_id=f"completion {k}",
+                    meta={c: v[k] for c, v in rows.items() if c not in (key, "completion_ids")},
+                ),
+                None if ids is None else ids[k],
             )
             for k in range(n)
         ]
@@ -61,19 +72,37 @@ def trl(reward: Any, *, reference: str | None = None) -> Callable[..., list[floa
             progress = Progress(int(getattr(state, "global_step", 0)), int(getattr(state, "max_steps", 0) or 1))
         return score_all(scorer, trajectories, progress=progress)
 
-    function.__name__ = _name(scorer)
+    function.__name__ = function_name(scorer)
     return function
 
 
-def _one(scorer: Reward, trajectory: Any) -> Score:
+def _with_ids(trajectory: Trajectory, ids: Any) -> Trajectory:
+    """The sampled token ids, where the whole completion is one turn of the policy."""
+    if ids is None or len(trajectory.turns) != 1 or trajectory.turns[0].speaker != "policy":
+        return trajectory
+    return replace(trajectory, turns=(replace(trajectory.turns[0], token_ids=tuple(int(i) for i in ids)),))
+
+
+def score_one(scorer: Reward, trajectory: Any) -> Score:
+    """The score of one trajectory.
+
+    Raises:
+        RewardError: the reward gives no value.
+    """
     score = scorer([trajectory])[0]
     if not score.valid:
         raise RewardError(f"{score.reason}; this trainer has no missing rewards: set on_error to a number or 'raise'")
     return score
 
 
-def verl(reward: Any) -> Callable[..., dict[str, float]]:
+def verl(reward: Any, *, parts: Sequence[str] | None = None) -> Callable[..., dict[str, float]]:
     """A ``compute_score`` for verl's ``custom_reward_function``.
+
+    Args:
+        reward: any reward.
+        parts: which parts of the score verl logs; by default the terms of a sum. All samples get the same names, NaN
+            where one lacks the part: verl takes the names from the first sample of a batch, and fails where another lacks
+            one.
 
     Returns:
         ``f(data_source, solution_str, ground_truth, extra_info=None) -> {"score": ..., parts...}``.
@@ -82,9 +111,10 @@ def verl(reward: Any) -> Callable[..., dict[str, float]]:
         RewardError: the reward gives no value.
     """
     scorer = as_reward(reward)
+    names = tuple(parts) if parts is not None else _term_names(scorer)
 
     def compute_score(
-        data_source: Any, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, **more: Any
+        data_source: Any, solution_str: Any, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, **more: Any
     ) -> dict[str, float]:
         extra = dict(extra_info or {})
         trajectory = to_trajectory(
@@ -94,14 +124,30 @@ def verl(reward: Any) -> Callable[..., dict[str, float]]:
             task_id=str(extra.get("index", data_source)),
             meta={**extra, "data_source": data_source},
         )
-        score = _one(scorer, trajectory)
-        return {"score": float(score.value), **{k: float(v) for k, v in score.parts.items() if k != "score"}}
+        score = score_one(scorer, trajectory)
+        return with_parts(float(score.value), score.parts, names)
 
     return compute_score
 
 
-def openrlhf(reward: Any) -> Callable[..., dict[str, Any]]:
+def with_parts(value: float, parts: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """verl's result: the score and exactly the named parts."""
+    return {"score": value, **{n: float(parts.get(n, math.nan)) for n in names if n != "score"}}
+
+
+def _term_names(scorer: Reward) -> tuple[str, ...]:
+    if not isinstance(scorer, Weighted):
+        return ()
+    return tuple(unique_names([reward.name for reward, _ in scorer.terms]))
+
+
+def openrlhf(reward: Any, *, strip: Sequence[str] = ()) -> Callable[..., dict[str, Any]]:
     """A ``reward_func`` for OpenRLHF's ``--reward.remote_url FILE.py``.
+
+    Args:
+        reward: any reward.
+        strip: texts that end the policy's turn (``"<|im_end|>"``), taken off the end: OpenRLHF decodes queries with their
+            special tokens.
 
     Returns:
         ``f(queries, prompts, labels) -> {"rewards", "scores", "extra_logs"}`` with ``[B]`` float32 tensors; a query is its
@@ -118,7 +164,7 @@ def openrlhf(reward: Any) -> Callable[..., dict[str, Any]]:
         import torch
 
         trajectories = [
-            to_trajectory(p, after_prompt(q, p), None if labels is None else labels[k], task_id=f"query {k}")
+            to_trajectory(p, after_prompt(q, p, strip), None if labels is None else labels[k], task_id=f"query {k}")
             for k, (q, p) in enumerate(zip(queries, prompts, strict=True))
         ]
         scores = scorer(trajectories)
@@ -131,55 +177,3 @@ def openrlhf(reward: Any) -> Callable[..., dict[str, Any]]:
         return {"rewards": values, "scores": values.clone(), "extra_logs": logs}
 
     return reward_func
-
-
-def after_prompt(query: str, prompt: str) -> str:
-    """What stands behind the prompt in a query: only that is the policy's.
-
-    Raises:
-        RewardError: the query does not begin with the prompt.
-    """
-    if not query.startswith(prompt):
-        raise RewardError("a query must begin with its prompt; the completion cannot be told from it otherwise")
-    return query[len(prompt) :]
-
-
-def verifiers(reward: Any) -> Callable[..., Any]:
-    """A reward function for a ``verifiers`` Rubric: ``Rubric(funcs=[gd.integrations.verifiers(reward)])``.
-
-    Returns:
-        An asynchronous ``f(prompt, completion, answer, state) -> float``.
-
-    Raises (when called):
-        RewardError: the reward gives no value.
-    """
-    scorer = as_reward(reward)
-
-    async def function(prompt: Any, completion: Any, answer: Any = None, state: Any = None, **more: Any) -> float:
-        import asyncio
-
-        info = state.get("info") if isinstance(state, Mapping) else None
-        trajectory = to_trajectory(prompt, completion, answer, meta=info if isinstance(info, Mapping) else None)
-        return float((await asyncio.to_thread(_one, scorer, trajectory)).value)
-
-    function.__name__ = _name(scorer)
-    return function
-
-
-def verifiers_rubric(rewards: Mapping[str, Any] | Sequence[tuple[Any, float]]) -> Any:
-    """A ``verifiers.Rubric`` of rewards with weights.
-
-    Args:
-        rewards: ``(reward, weight)`` pairs, or name to reward (weight 1).
-
-    Raises:
-        MissingDependency: verifiers is not installed.
-    """
-    from guerdon.errors import MissingDependency
-
-    try:
-        import verifiers as vf
-    except ImportError as error:
-        raise MissingDependency("a Rubric needs the package verifiers: pip install verifiers") from error
-    pairs = [(r, 1.0) for r in rewards.values()] if isinstance(rewards, Mapping) else list(rewards)
-    return vf.Rubric(funcs=[verifiers(r) for r, _ in pairs], weights=[float(w) for _, w in pairs])

@@ -34,7 +34,8 @@ class StyleDiscriminator:
         encoder: ``"tfidf"`` (words and pairs of words), or a function of ``B`` texts giving ``[B, D]`` features (sentence
             embeddings, say).
         loss: ``"pairwise"``: ``-log sigmoid(f(simplified) - f(original))`` on each pair; ``"bce"``: cross-entropy of
-            originals (0) and simplifications (1).
+            originals (0) and simplifications (1). Pairs say nothing about the level of f, so it is set afterwards: its mean
+            over all training texts is 0, as for balanced labels, which is where a sigmoid tells most.
         l2: strength of the penalty on the weights.
         length_debias: score the residual of f on the logarithm of the number of words.
         clip: scores are held within plus and minus this.
@@ -95,11 +96,12 @@ class StyleDiscriminator:
             x, y = _stack([a, b]), np.r_[np.zeros(len(originals)), np.ones(len(originals))]
             model = LogisticRegression(C=1.0 / self.l2, max_iter=1000)
         self._model = model.fit(x, y)
-        self._line = (0.0, 0.0)
+        texts = [*originals, *simplified]
         if self.length_debias:
-            texts = [*originals, *simplified]
             slope, shift = np.polyfit(_log_length(texts), self._raw(texts), 1)
             self._line = (float(slope), float(shift))
+        else:
+            self._line = (0.0, float(self._raw(texts).mean()) if self.loss == "pairwise" else 0.0)
         return self
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
@@ -112,10 +114,8 @@ class StyleDiscriminator:
             raise ConfigError("the discriminator is not fitted; call fit first")
         if not len(texts):
             return np.zeros(0)
-        raw = self._raw(texts)
-        if self.length_debias:
-            raw = raw - self._line[0] * _log_length(texts) - self._line[1]
-        return np.clip(raw, -self.clip, self.clip)
+        slope, shift = self._line
+        return np.clip(self._raw(texts) - slope * _log_length(texts) - shift, -self.clip, self.clip)
 
     def evaluate(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from guerdon.errors import ConfigError, DataError
@@ -29,16 +29,20 @@ def gold_answers(reference: Any, task_id: str = "") -> list[str]:
     """The accepted answers as a list of strings.
 
     Raises:
-        DataError: there is none, or the reference is of another kind.
+        DataError: there is none, one is blank, or the reference is of another kind.
     """
     where = f" of task {task_id!r}" if task_id else ""
-    if isinstance(reference, str):
-        return [reference]
-    if isinstance(reference, int | float) and not isinstance(reference, bool):
-        return [str(reference)]
-    if not isinstance(reference, Iterable) or isinstance(reference, bytes | dict):
+    if isinstance(reference, str | int | float) and not isinstance(reference, bool):
+        reference = (reference,)
+    if not isinstance(reference, Iterable) or isinstance(reference, bytes | Mapping):
         raise DataError(f"the reference{where} must be an answer or a list of answers, got {type(reference).__name__}")
-    golds = [str(g) for g in reference]
+    golds = []
+    for gold in reference:
+        if isinstance(gold, bool) or not isinstance(gold, str | int | float):
+            raise DataError(f"a gold answer{where} must be text or a number, got {type(gold).__name__}")
+        if not str(gold).strip():
+            raise DataError(f"a gold answer{where} is blank; every empty answer would be right")
+        golds.append(str(gold))
     if not golds:
         raise DataError(f"the list of gold answers{where} is empty; give at least one")
     return golds

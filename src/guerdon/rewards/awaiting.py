@@ -13,7 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-__all__ = ["Timeout", "wait", "wait_each"]
+from guerdon.types import Score
+
+__all__ = ["Timeout", "may_wait", "wait", "wait_each"]
 
 
 class Timeout(Exception):
@@ -78,7 +80,7 @@ def wait_each(calls: Sequence[Callable[[], Any]], *, timeout: float | None, work
     """
     if timeout is None and workers in (None, 1):
         values = [_caught(call) for call in calls]
-        waiting = [k for k, value in enumerate(values) if inspect.isawaitable(value)]
+        waiting = [k for k, value in enumerate(values) if may_wait(value)]
         if waiting:
             finished = _run(_all([_finish(values[k]) for k in waiting], workers))
             for k, value in zip(waiting, finished, strict=True):
@@ -88,6 +90,14 @@ def wait_each(calls: Sequence[Callable[[], Any]], *, timeout: float | None, work
         return []
     blocking = workers is None and not any(_is_coroutine(call) for call in calls[:1])
     return _run(_all([_limited(call, timeout) for call in calls], 1 if blocking else workers))
+
+
+_READY = frozenset({float, int, bool, type(None), Score})
+
+
+def may_wait(value: Any) -> bool:
+    """Whether a value is to be awaited; quick for the values that rewards return by the hundred thousand."""
+    return type(value) not in _READY and inspect.isawaitable(value)
 
 
 def _caught(call: Callable[[], Any]) -> Any:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 from guerdon.errors import BudgetExceeded, ConfigError, MissingDependency, RewardError
-from guerdon.rewards.awaiting import Timeout, wait, wait_each
+from guerdon.rewards.awaiting import Timeout, may_wait, wait, wait_each
 from guerdon.types import Score, StopReason, Task, Trajectory, Turn, action_mask, validate_score
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "reward_values",
     "step_fault",
     "takes_progress",
+    "unique_names",
 ]
 
 OnError = Literal["raise", "drop"] | float
@@ -203,12 +204,21 @@ class Reward:
         """What the subclass returns for each trajectory; an exception where it raised."""
         if type(self).score is Reward.score:
             more = {"progress": progress} if takes_progress(self.score_one) else {}
+            if not more and self._timeout is None and self._workers in (None, 1):
+                found = self._each(trajectories)
+                waiting = [value for value in found if may_wait(value)]
+                if not waiting:
+                    return found
+                done = iter(
+                    wait_each([partial(_itself, value) for value in waiting], timeout=None, workers=self._workers)
+                )
+                return [_ours(next(done)) if may_wait(value) else value for value in found]
             calls = [partial(self.score_one, t, **more) for t in trajectories]
             return [_ours(value) for value in wait_each(calls, timeout=self._timeout, workers=self._workers)]
         more = {"progress": progress} if takes_progress(self.score) else {}
         try:
             raw = _listed(wait(partial(self.score, trajectories, **more), self._timeout))
-            if isinstance(raw, list) and any(inspect.isawaitable(r) for r in raw):
+            if isinstance(raw, list) and any(may_wait(r) for r in raw):
                 raw = wait_each([partial(_itself, r) for r in raw], timeout=self._timeout, workers=None)
         except _FATAL:
             raise
@@ -225,8 +235,24 @@ class Reward:
             )
         return [_ours(value) for value in raw]
 
+    def _each(self, trajectories: Sequence[Trajectory]) -> list[Any]:
+        """What :meth:`score_one` returns for each, one after the other; the exception where it raised one."""
+        out: list[Any] = []
+        for trajectory in trajectories:
+            try:
+                out.append(self.score_one(trajectory))
+            except _FATAL:
+                raise
+            except Exception as error:  # noqa: BLE001  a user's reward may raise anything; it is named and counted
+                out.append(error)
+        return out
+
     def _checked(self, trajectory: Trajectory, value: Any) -> tuple[Score, str | None]:
         """A valid score and None, or an invalid one and the reason under which it is counted."""
+        if type(value) is float and math.isfinite(value):
+            return Score(value), None
+        if type(value) is Score and _is_plain(value):
+            return value, None
         who, task = f"reward {self.name!r}", f"for task {trajectory.task.id!r}"
         if isinstance(value, _Fault):
             return Score.invalid(f"{who} {value.text} ({task})"), value.reason
@@ -248,6 +274,12 @@ class Reward:
         if not isinstance(value, Score):
             return score, "type" if not isinstance(_plain(value), int | float) else "non-finite"
         return score, "non-finite" if value.valid else "invalid"
+
+
+def _is_plain(score: Score) -> bool:
+    """Whether nothing about a score needs a further look: a finite outcome alone."""
+    whole = score.valid and score.steps is None and score.tokens is None
+    return whole and type(score.value) is float and math.isfinite(score.value)
 
 
 def step_fault(score: Score, trajectory: Trajectory) -> str | None:
@@ -415,7 +447,7 @@ class Weighted(Reward):
     ) -> tuple[list[Score], list[bool]]:
         """As :meth:`Reward.assess`; a term's failure is the sum's, and is counted with the term."""
         columns = [reward.assess(trajectories, progress=progress) for reward, _ in self.terms]
-        names = _unique([reward.name for reward, _ in self.terms])
+        names = unique_names([reward.name for reward, _ in self.terms])
         weights = [w for _, w in self.terms]
         scores: list[Score] = []
         fatal: list[bool] = []
@@ -448,7 +480,10 @@ def _sum(row: Sequence[Score], weights: Sequence[float], names: Sequence[str]) -
     parts: dict[str, float] = {}
     for name, score in zip(names, row, strict=True):
         parts[name] = score.value
-        parts.update({f"{name}/{k}": v for k, v in score.parts.items()})
+        for key, part in score.parts.items():
+            parts[f"{name}/{key}"] = part
+    if all(_is_plain(score) for score in row):
+        return Score(sum(w * s.value for w, s in zip(weights, row, strict=True)), parts=parts)
     bad = next((s for s in row if not s.valid), None)
     if bad is not None:
         return Score.invalid(bad.reason or "a term is invalid", **parts)
@@ -476,7 +511,8 @@ def _terms(reward: Any) -> list[tuple[Reward, float]]:
     raise ConfigError(f"a reward can only be added to a reward, got {type(reward).__name__}")
 
 
-def _unique(names: Sequence[str]) -> list[str]:
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names under which the terms of a sum are its parts: a second ``a`` is ``a#2``."""
     seen: Counter[str] = Counter()
     out = []
     for name in names:

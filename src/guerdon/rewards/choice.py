@@ -32,6 +32,20 @@ def _plain(text: str) -> str:
     return " ".join(text.strip().lower().rstrip(".,;:!?").split())
 
 
+_GOLD = re.compile(
+    r"(?:(?:option|choice)\s+)?[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.,;:!?]?\s*\Z|[(\[]?([A-Za-z])(?:[)\]][.:]?|[.:])\s+(\S.*)\Z",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def _gold_letter(gold: str) -> tuple[str | None, str]:
+    """Letter and text of a gold such as "B", "(B)", "option B" or "B: a red square"; (None, "") for other golds."""
+    found = _GOLD.match(gold.strip())
+    if found is None:
+        return None, ""
+    return (found.group(1) or found.group(2)).upper(), found.group(3) or ""
+
+
 class ChoiceMatch(AnswerReward):
     """1 where a choice, or a yes or no, equals the gold after normalisation, else 0.
 
@@ -68,11 +82,13 @@ class ChoiceMatch(AnswerReward):
         said, want = _plain(answer), _plain(gold)
         if said == want:
             return bool(said)
-        letter = choice_letter(gold)
-        if letter is not None and len(want.strip("()[] ")) == 1:
+        letter, text = _gold_letter(gold)
+        if want in ("y", "n") and not options and said in ("y", "yes", "n", "no"):
+            letter = None
+        if letter is not None:
             if options and said in [_plain(o) for o in options]:
                 return [_plain(o) for o in options].index(said) == ord(letter) - 65
-            return choice_letter(answer) == letter
+            return choice_letter(answer) == letter or (bool(text) and said == _plain(text))
         if want in ("true", "false"):
             words = {"yes": "true", "y": "true", "no": "false", "n": "false"}
         else:
@@ -116,8 +132,8 @@ class RelaxedNumber(AnswerReward):
         rel_tol: 0.05 is ChartQA's; 0 is exact. A gold of 0 allows 1e-9.
         percent: see :func:`read_number`.
 
-    A gold that is a list (or a JSON list in the text) is compared item by item, in order; the value is the mean over its
-    items. ``near(texts, golds)`` on plain lists.
+    A gold that is a list (or a string that holds a JSON list) is compared item by item, in order, with an answer that is
+    a JSON list or an enumeration; the value is the mean over the gold's items. ``near(texts, golds)`` on plain lists.
     """
 
     def __init__(
@@ -137,6 +153,8 @@ class RelaxedNumber(AnswerReward):
     def score_answer(self, answer: str, reference: Any, meta: Mapping[str, Any]) -> float:
         if reference is None or isinstance(reference, bool) or (isinstance(reference, str) and not reference.strip()):
             raise DataError(f"a number or a text is needed as gold, got {reference!r}")
+        if isinstance(reference, str) and reference.lstrip().startswith("["):
+            reference = _json_list(reference)
         if isinstance(reference, list | tuple):
             if not reference:
                 raise DataError("the list of gold values is empty")
@@ -145,6 +163,9 @@ class RelaxedNumber(AnswerReward):
         return self._one(answer, reference)
 
     def _one(self, answer: str, gold: Any) -> float:
+        number = isinstance(gold, int | float) and not isinstance(gold, bool) and abs(gold) < 1e300
+        if not number and not (isinstance(gold, str) and gold.strip()):
+            raise DataError(f"a finite number or a text is needed as gold, got {str(gold)[:60]!r}")
         want = float(gold) if isinstance(gold, int | float) else read_number(str(gold), percent=self.percent)
         if want is None or (isinstance(gold, str) and not _is_number(gold)):
             return float(_plain(answer) == _plain(str(gold)))
@@ -158,6 +179,15 @@ def _is_number(gold: str) -> bool:
     """Whether a gold is a number with at most a sign, a currency and a unit, and no sentence around it."""
     rest = _NUMBER.sub("", gold, count=1)
     return len(re.findall(r"[A-Za-z]+", rest)) <= 2
+
+
+def _json_list(text: str) -> Any:
+    """The list that a text holds as JSON; the text where it holds none."""
+    try:
+        made = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return made if isinstance(made, list) else text
 
 
 def _items(answer: str) -> list[str]:

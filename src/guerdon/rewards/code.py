@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from guerdon.errors import ConfigError, DataError
 from guerdon.rewards.base import OnError, Reward
-from guerdon.rewards.grammar import fenced
-from guerdon.sandbox import Call, Job, Limits, Result, Sandbox, default_sandbox
+from guerdon.rewards.grammar import fences
+from guerdon.sandbox import Call, Job, Limits, Result, Sandbox, default_sandbox, make_sandbox
 from guerdon.types import Score, Trajectory, policy_text
 
 __all__ = ["CodeTests", "TestSuite", "equal_output", "equal_value", "extract_code", "read_suite"]
@@ -32,14 +32,13 @@ def extract_code(text: str, language: str = "python", *, bare: bool = True) -> s
     Returns:
         The code, or None where there is none.
     """
-    marks = (language, "py", "python3") if language == "python" else (language,)
-    for mark in marks:
-        blocks = fenced(text, mark)
-        if blocks:
-            return blocks[-1]
-    blocks = fenced(text, "") or fenced(text)
-    if blocks:
-        return blocks[-1]
+    found = fences(text)
+    for mark in (language, "py", "python3", "") if language == "python" else (language, ""):
+        marked = [content for written, content in found if written == mark]
+        if marked:
+            return marked[-1]
+    if found:
+        return found[-1][1]
     return text if bare and text.strip() and "```" not in text else None
 
 
@@ -179,7 +178,8 @@ class CodeTests(Reward):
         bare: read a response without any fence as code.
         limits: of each program run (one per input, or one for all calls).
         tolerance: relative and absolute, for numbers in outputs and values.
-        sandbox: where programs run; the process's own by default.
+        sandbox: where programs run: an object, a name, or a mapping with ``name`` and settings (see
+            :func:`guerdon.sandbox.make_sandbox`); the process's own by default.
         extract: reads the code out of the policy's text instead of :func:`extract_code`.
 
     The task's reference holds the tests, see :func:`read_suite`. A response without code gets 0. Parts: ``passed``,
@@ -196,7 +196,7 @@ class CodeTests(Reward):
         bare: bool = True,
         limits: Limits | None = None,
         tolerance: float = 0.0,
-        sandbox: Sandbox | None = None,
+        sandbox: Sandbox | str | Mapping[str, Any] | None = None,
         extract: Callable[[str], str | None] | None = None,
         name: str | None = None,
         on_error: OnError = "raise",
@@ -208,7 +208,7 @@ class CodeTests(Reward):
             raise ConfigError(f"tolerance must be finite and >= 0, got {tolerance!r}")
         self.partial, self.tolerance = partial, float(tolerance)
         self.limits = limits or Limits()
-        self._sandbox = sandbox
+        self._sandbox = None if sandbox is None else make_sandbox(sandbox)
         self._extract = extract or (lambda text: extract_code(text, language, bare=bare))
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[Score]:

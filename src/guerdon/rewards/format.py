@@ -45,18 +45,23 @@ class TagFormat(Reward):
         if not tags or len(set(tags)) < len(tags):
             raise ConfigError(f"give each tag once, got {tags!r}")
         self.tags, self.only = tags, only
+        self._marks = [(f"<{tag}>", f"</{tag}>") for tag in tags]
 
     def score_one(self, trajectory: Trajectory) -> float:
         text = policy_text(trajectory)
-        found = blocks(text, self.tags)
-        right = tuple(b.tag for b in found) == self.tags and all(b.content.strip() for b in found)
-        right = right and all(c == (1, 1) for c in tag_counts(text, self.tags).values())
-        if right and self.only:
-            outside = text
-            for block in reversed(found):
-                outside = outside[: block.start] + outside[block.stop :]
-            right = not outside.strip()
-        return float(right)
+        outside, end = "", 0
+        for opening, closing in self._marks:
+            if text.count(opening) != 1 or text.count(closing) != 1:
+                return 0.0
+            start = text.find(opening, end)
+            inner = start + len(opening)
+            stop = text.find(closing, inner) if start >= 0 else -1
+            if stop < 0 or not text[inner:stop].strip():
+                return 0.0
+            if self.only:
+                outside += text[end:start]
+            end = stop + len(closing)
+        return float(not self.only or not (outside + text[end:]).strip())
 
 
 class RouterFormat(Reward):

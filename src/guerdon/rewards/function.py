@@ -98,7 +98,7 @@ class PlainFunction(Reward):
         """Call the function for each trajectory, or once with lists where it is batched."""
         rows = [self._arguments(t, progress) for t in trajectories]
         if not self.batched:
-            return [self._one(row) for row in rows]
+            return [self._caught(row) for row in rows]
         names = [*self._wanted, *self._meta]
         columns = {n: progress if n == "progress" else [row[n] for row in rows] for n in names}
         made = self.function(**columns)
@@ -108,6 +108,13 @@ class PlainFunction(Reward):
 
     async def _batch_later(self, made: Any) -> list[Any]:
         return [self._within(v) for v in await made]
+
+    def _caught(self, row: dict[str, Any]) -> Any:
+        """What the function makes of one row; its exception in place, so that one failure is not the batch's."""
+        try:
+            return self._one(row)
+        except Exception as error:  # noqa: BLE001  handed to the base class, which names and counts it
+            return error
 
     def _one(self, row: dict[str, Any]) -> Any:
         made = self.function(**row)

@@ -25,6 +25,7 @@ __all__ = [
     "GuardedProduct",
     "PreservationGate",
     "ZipfSimplicity",
+    "clean_rewriting",
     "fkgl",
     "kept_facts",
     "syllables",
@@ -176,13 +177,15 @@ class ZipfSimplicity(TextReward):
 
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+# Only a comma before three digits separates thousands: "1,5" is no 15.
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NEGATION = re.compile(r"\b(?:not|no|never|none|without|cannot|nor|neither)\b|n['’]t\b", re.IGNORECASE)
 
 
 def kept_facts(source: str, output: str, *, numbers: bool = True, negation: bool = True) -> bool:
     """Whether every number of the source is in the output, as often, and negations are there if and only if they were."""
     if numbers:
-        want, got = (Counter(n.replace(",", "") for n in _NUMBER.findall(t)) for t in (source, output))
+        want, got = (Counter(_THOUSANDS.sub("", n) for n in _NUMBER.findall(t)) for t in (source, output))
         if any(got[n] < c for n, c in want.items()):
             return False
     return not negation or bool(_NEGATION.search(source)) == bool(_NEGATION.search(output))
@@ -228,6 +231,7 @@ class GuardedProduct(Reward):
         combine: ``"product"``, or ``"sum"`` for ``weights[0] * sigmoid(style) + weights[1] * relevance``.
         squash: pass style scores through a sigmoid; False for scores in [0, 1].
         clip: style scores are held within plus and minus this first.
+        improvement: take the style of the output minus that of the source: how much was gained, not how easy it is.
 
     Parts: ``style``, ``relevance``, ``gate``. ``guarded(sources, outputs)`` gives a
     :class:`~guerdon.rewards.RewardBatch`.
@@ -246,21 +250,27 @@ class GuardedProduct(Reward):
         weights: tuple[float, float] = (0.5, 0.5),
         squash: bool = True,
         clip: float = 5.0,
+        improvement: bool = False,
         name: str | None = None,
         on_error: OnError = "raise",
     ) -> None:
         super().__init__(name=name, on_error=on_error)
+        if improvement and not squash:
+            raise ConfigError("improvement needs squash=True: a difference of scores is not in [0, 1]")
         if not 0 <= k < math.inf or not clip > 0:
             raise ConfigError(f"k must be finite and >= 0 and clip positive, got {k!r} and {clip!r}")
         if combine not in ("product", "sum"):
             raise ConfigError(f"combine must be 'product' or 'sum', got {combine!r}")
         self.style, self.relevance, self.gate, self.k = style, relevance, gate, float(k)
         self.combine, self.weights, self.squash, self.clip = combine, weights, squash, float(clip)
+        self.improvement = improvement
 
     def values(self, sources: Sequence[str], outputs: Sequence[str]) -> RewardBatch:
         """Score lists."""
         made = pair_trajectories(sources, outputs)
         style = _column(self.style, made, (outputs,))
+        if self.improvement:
+            style = style - _column(self.style, pair_trajectories(sources, sources), (sources,))
         relevance = np.maximum(_column(self.relevance, made, (sources, outputs)), 0.0)
         gate = np.ones(len(outputs)) if self.gate is None else _column(self.gate, made, (sources, outputs))
         said = np.clip(style, -self.clip, self.clip)
@@ -286,6 +296,32 @@ class GuardedProduct(Reward):
         if outputs is None:
             return super().__call__(trajectories, progress=progress)
         return self.values(trajectories, outputs)
+
+
+_MARKERS = re.compile(
+    r"<\|[^|<>\n]{1,40}\|>(?:\s*assistant\b)?|</?s>|\[/?INST\]|<</?SYS>>|<eos>|<pad>|^\s*(?:assistant|output|simplified(?: text)?)\s*:",
+    re.IGNORECASE,
+)
+
+
+def clean_rewriting(output: str, instruction: str = "", *, first_paragraph: bool = True) -> str:
+    """What a chat model wrote without what it wrote around it.
+
+    Args:
+        output: as generated.
+        instruction: removed where the output begins with it (an echo).
+        first_paragraph: drop what follows the first blank line: comments on the rewriting.
+
+    Returns:
+        The text without markers of chat templates and without blanks at its ends; may be empty.
+    """
+    text = output.strip()
+    echo = instruction.strip()
+    if echo and text.startswith(echo):
+        text = text[len(echo) :]
+    # A label such as "Output:" may stand behind a marker that hides the beginning.
+    text = _MARKERS.sub("", _MARKERS.sub(" ", text).strip()).strip()
+    return re.split(r"\n[ \t]*\n", text, maxsplit=1)[0].strip() if first_paragraph else text
 
 
 def _column(part: Any, made: Sequence[Trajectory], plain: tuple[Sequence[str], ...]) -> np.ndarray:

@@ -20,6 +20,7 @@ from guerdon.rewards.plain import RewardBatch, TextReward
 from guerdon.types import Score, Task, Trajectory, policy_text
 
 __all__ = [
+    "MARKERS",
     "EmbeddingRelevance",
     "LengthIncentive",
     "Product",
@@ -35,6 +36,12 @@ Encode = Callable[[Sequence[str]], Any]
 """``B`` texts to ``[B, D]`` embeddings; it truncates to its own limit."""
 
 QueryType = Literal["open", "closed"]
+
+MARKERS = (
+    "<|im_start|>assistant", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<bos>",
+    "<eos>", "</s>",
+)  # fmt: skip
+"""Marks of chat formats that are no part of a response."""
 
 
 def length_incentive(text: str, unit: float = 100.0) -> float:
@@ -302,6 +309,11 @@ class RegularizedRelevance(Reward):
         normalise: use the cosine.
         terms: which regularisers are used, for the ablations: any of ``"length"``, ``"repetition"``, ``"reference"``.
         missing: a closed question without a reference is an error (``"raise"``) or scored as open (``"open"``).
+        markers: strings that are cut out of a response before anything is counted: marks of a chat format, the end of a
+            message (``policy.control_tokens``, say). A response never includes its prompt.
+
+    Words are counted on the whole response; the encoder cuts what is too long for it afterwards. Rewards may be whitened
+    over a batch, but over both types of questions together: done for each type apart it would hide F.
 
     Parts: ``r_x``, ``r_y``, ``length``, ``repetition``, ``closed``. ``reward(trajectories)``, or ``reward(x, y, yhat)`` on lists of
     queries, references (None where there are none) and responses for a :class:`~guerdon.rewards.RewardBatch`.
@@ -321,6 +333,7 @@ class RegularizedRelevance(Reward):
         normalise: bool = False,
         terms: Sequence[str] = ("length", "repetition", "reference"),
         missing: Literal["raise", "open"] = "raise",
+        markers: Sequence[str] = MARKERS,
         name: str | None = None,
         on_error: OnError = "raise",
     ) -> None:
@@ -336,7 +349,11 @@ class RegularizedRelevance(Reward):
         self._query_type = query_type
         self.F: Any = (lambda r: np.asarray(r, dtype=np.float64)) if F == "identity" else F
         self.unit, self.n, self.lowercase = float(unit), n, lowercase
-        self.terms, self.missing = frozenset(terms), missing
+        if not 0 < unit < math.inf or n < 1:
+            raise ConfigError(f"unit must be a positive number of words and n at least 1, got {unit!r} and {n!r}")
+        if isinstance(markers, str):
+            raise ConfigError(f"markers must be a list of strings, got the single string {markers!r}")
+        self.terms, self.missing, self.markers = frozenset(terms), missing, tuple(m for m in markers if m)
 
     def fit_scale(self, x: Sequence[str], y: Sequence[str], sft_responses: Sequence[str]) -> QuantileAffine:
         """Fit F once on a calibration set: quantiles of r_y to those of the open branch, on the same responses.
@@ -344,8 +361,15 @@ class RegularizedRelevance(Reward):
         Args:
             x, y, sft_responses: queries, references and responses of the supervised policy, one of each.
         """
-        self.F = QuantileAffine().fit(self._relevance.pairs(y, sft_responses), self._open(x, sft_responses)[0])
+        said = [self._clean(t) for t in sft_responses]
+        self.F = QuantileAffine().fit(self._relevance.pairs(y, said), self._open(x, said)[0])
         return self.F
+
+    def _clean(self, response: str) -> str:
+        for marker in self.markers:
+            if marker in response:
+                response = response.replace(marker, " ")
+        return response
 
     def _open(self, x: Sequence[str], yhat: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         parts = {
@@ -375,6 +399,7 @@ class RegularizedRelevance(Reward):
     ) -> RewardBatch:
         if not len(x) == len(y) == len(yhat):
             raise ConfigError(f"{len(x)} queries, {len(y)} references and {len(yhat)} responses")
+        yhat = [self._clean(t) for t in yhat]
         bad = [t for t in types if t not in ("open", "closed")]
         if bad:
             raise DataError(f"a query's type must be 'open' or 'closed', got {bad[0]!r}")
@@ -396,6 +421,8 @@ class RegularizedRelevance(Reward):
                 raise ConfigError("F is missing: call fit_scale on a calibration set, or pass F (or 'identity')")
             r_y = self._relevance.pairs([str(y[k]) for k in index], [yhat[k] for k in index])
             value = np.asarray(self.F(r_y), dtype=np.float64)
+            if value.shape != r_y.shape or (np.diff(value[np.argsort(r_y, kind="stable")]) < 0).any():
+                raise ConfigError("F must map values one by one and be increasing: more relevance, more reward")
             if "repetition" in self.terms:
                 value = value * parts["repetition"][index]
             # F may not send 0 to 0, and nothing was said.

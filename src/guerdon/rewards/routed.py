@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from guerdon.errors import ConfigError, DataError, nearest
+from guerdon.errors import ConfigError, nearest
 from guerdon.rewards.base import OnError, Reward
 from guerdon.rewards.plain import RewardBatch, TextReward
 from guerdon.types import Score, StopReason, Task, Trajectory, Turn
 
-__all__ = ["RoutedReward", "ThinkAnswerFormat", "select_by_rollouts"]
+__all__ = ["RoutedReward", "ThinkAnswerFormat", "select_by_rollouts", "source_statistics"]
 
 _FORM = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -40,11 +40,11 @@ class RoutedReward(Reward):
 
     Args:
         routes: type to reward; each should stay within [0, 1], so that types can be mixed.
-        format: reward of the form; None leaves it out.
+        format: reward of the form; by default :class:`ThinkAnswerFormat`. None leaves it out.
         format_weight: its weight.
         key: where a task says its type: ``task.meta[key]``; or a function of the trajectory.
 
-    An unknown type is an error, never 0. Parts: ``accuracy``, ``format``. ``routed(trajectories)``, or
+    An unknown type is an error whatever ``on_error`` says, never 0. Parts: ``accuracy``, and ``format`` where there is one. ``routed(trajectories)``, or
     ``routed(texts, golds, types)`` for a :class:`~guerdon.rewards.RewardBatch` (``metas`` are what tasks would carry).
     """
 
@@ -53,7 +53,7 @@ class RoutedReward(Reward):
     def __init__(
         self,
         routes: Mapping[str, Reward],
-        format: Reward | None = None,
+        format: Reward | Literal["think_answer"] | None = "think_answer",
         format_weight: float = 1.0,
         *,
         key: str | Callable[[Trajectory], str] = "type",
@@ -65,21 +65,26 @@ class RoutedReward(Reward):
             raise ConfigError("routes must name at least one type and its reward")
         if isinstance(format_weight, bool) or not 0 <= format_weight < math.inf:
             raise ConfigError(f"format_weight must be finite and >= 0, got {format_weight!r}")
+        if format is not None and format != "think_answer" and not isinstance(format, Reward):
+            raise ConfigError(f"format must be a reward, 'think_answer' or None, got {format!r}")
         self.routes = dict(routes)
-        self.format = ThinkAnswerFormat() if format is None else format
+        self.format = ThinkAnswerFormat() if isinstance(format, str) else format
         self.format_weight, self._key = float(format_weight), key
-        low = min(r.range[0] for r in self.routes.values()) + format_weight * self.format.range[0]
-        self.range = (low, max(r.range[1] for r in self.routes.values()) + format_weight * self.format.range[1])
+        low, high = (0.0, 0.0) if self.format is None else self.format.range
+        self.range = (
+            min(r.range[0] for r in self.routes.values()) + format_weight * low,
+            max(r.range[1] for r in self.routes.values()) + format_weight * high,
+        )
 
     def type_of(self, trajectory: Trajectory) -> str:
         """The sample's type.
 
         Raises:
-            DataError: there is none, or no reward for it.
+            ConfigError: there is none, or no reward for it. No ``on_error`` turns that into a number.
         """
         kind = self._key(trajectory) if callable(self._key) else trajectory.task.meta.get(self._key)
         if kind not in self.routes:
-            raise DataError(
+            raise ConfigError(
                 f"task {trajectory.task.id!r} has type {kind!r}{nearest(str(kind), self.routes)}; "
                 f"there are rewards for {', '.join(self.routes)}"
             )
@@ -88,17 +93,17 @@ class RoutedReward(Reward):
     def score(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Score each type's samples together."""
         kinds = [self.type_of(t) for t in trajectories]
-        form = self.format(trajectories)
+        form = None if self.format is None else self.format(trajectories)
         out: list[Score | None] = [None] * len(trajectories)
         for kind in dict.fromkeys(kinds):
             chosen = [k for k, other in enumerate(kinds) if other == kind]
             for k, s in zip(chosen, self.routes[kind]([trajectories[k] for k in chosen]), strict=True):
-                if not s.valid or not form[k].valid:
-                    bad = s if not s.valid else form[k]
-                    out[k] = Score.invalid(bad.reason or "invalid", accuracy=s.value, format=form[k].value)
+                parts = {"accuracy": s.value} if form is None else {"accuracy": s.value, "format": form[k].value}
+                bad = next((x for x in (s, *(() if form is None else (form[k],))) if not x.valid), None)
+                if bad is not None:
+                    out[k] = Score.invalid(bad.reason or "invalid", **parts)
                 else:
-                    total = s.value + self.format_weight * form[k].value
-                    out[k] = Score(total, parts={"accuracy": s.value, "format": form[k].value})
+                    out[k] = Score(s.value + self.format_weight * parts.get("format", 0.0), parts=parts)
         return [s for s in out if s is not None]
 
     def __call__(
@@ -126,7 +131,8 @@ class RoutedReward(Reward):
             for k, (t, g, kind) in enumerate(zip(trajectories, golds, types, strict=True))
         ]
         scores = super().__call__(made)
-        parts = {name: np.array([s.parts[name] for s in scores], dtype=np.float64) for name in ("accuracy", "format")}
+        names = ("accuracy",) if self.format is None else ("accuracy", "format")
+        parts = {name: np.array([s.parts.get(name, np.nan) for s in scores], dtype=np.float64) for name in names}
         return RewardBatch(np.array([s.value for s in scores], dtype=np.float64), parts)
 
 
@@ -140,22 +146,25 @@ def select_by_rollouts(
     seed: int = 0,
     *,
     min_var: float = 1e-6,
+    continuous: Collection[Any] = (),
 ) -> np.ndarray:
     """Samples that teach something: neither always right nor always wrong under a reference model, and balanced.
 
     Args:
         mean, var: ``[n]`` of the rewards of each sample's rollouts; NaN (a gold that cannot be read) is dropped.
         source: ``[n]`` where each sample comes from.
-        lo, hi: least and greatest mean that is kept, both included.
+        lo, hi: least and greatest mean that is kept, both included, where rewards are 0 or 1.
         per_source: most samples of each source, drawn at random.
         seed: of the draw.
-        min_var: least variance that is kept: means of continuous rewards say nothing about agreement.
+        min_var: variance that must be exceeded.
+        continuous: sources whose rewards are no 0 or 1: only the variance counts, since a high mean says nothing about
+            agreement (unrelated texts share most of their embeddings).
 
     Returns:
         Indices, ascending.
 
     Raises:
-        ConfigError: lists of different lengths, ``lo`` above ``hi``.
+        ConfigError: lists of different lengths, ``lo`` above ``hi``, a negative number of samples.
     """
     m, v = np.asarray(mean, dtype=np.float64), np.asarray(var, dtype=np.float64)
     if not len(m) == len(v) == len(source):
@@ -164,8 +173,12 @@ def select_by_rollouts(
         )
     if not lo <= hi:
         raise ConfigError(f"lo must not exceed hi, got {lo} and {hi}")
+    limits = per_source.values() if isinstance(per_source, Mapping) else [] if per_source is None else [per_source]
+    if any(most < 0 for most in limits):
+        raise ConfigError(f"per_source must be at least 0, got {per_source!r}")
+    free = np.array([name in continuous for name in source], dtype=bool)
     with np.errstate(invalid="ignore"):
-        kept = [int(k) for k in np.flatnonzero((m >= lo) & (m <= hi) & (v > min_var))]
+        kept = [int(k) for k in np.flatnonzero(((m >= lo) & (m <= hi) | free) & np.isfinite(m) & (v > min_var))]
     if per_source is None:
         return np.array(kept, dtype=np.int64)
     rng = np.random.default_rng(seed)
@@ -175,3 +188,39 @@ def select_by_rollouts(
         most = per_source.get(name, len(mine)) if isinstance(per_source, Mapping) else per_source
         out += mine if len(mine) <= most else rng.choice(mine, most, replace=False).tolist()
     return np.array(sorted(out), dtype=np.int64)
+
+
+def source_statistics(
+    values: Sequence[float], sources: Sequence[Any], groups: Sequence[Any]
+) -> dict[Any, dict[str, float]]:
+    """What is to be watched of each source in a mixed batch.
+
+    Args:
+        values: ``[B]`` rewards; NaN where there is none.
+        sources: ``[B]`` source or type of each sample.
+        groups: ``[B]`` prompt of each sample, of one source each.
+
+    Returns:
+        By source: ``mean`` reward, ``zero_variance`` (share of prompts whose rewards are all equal: no gradient comes
+        from them), ``prompts`` and ``invalid`` (samples without a reward, left out of the rest).
+
+    Raises:
+        ConfigError: lists of different lengths.
+    """
+    if not len(values) == len(sources) == len(groups):
+        raise ConfigError(f"{len(values)} values, {len(sources)} sources and {len(groups)} groups: give one of each")
+    rows: dict[Any, dict[Any, list[float]]] = {}
+    for value, source, group in zip(values, sources, groups, strict=True):
+        rows.setdefault(source, {}).setdefault(group, []).append(float(value))
+    out = {}
+    for source, found in rows.items():
+        valid = [[x for x in row if math.isfinite(x)] for row in found.values()]
+        scored = [row for row in valid if row]
+        n = sum(map(len, scored))
+        out[source] = {
+            "mean": sum(map(sum, scored)) / n if n else math.nan,
+            "zero_variance": sum(max(r) == min(r) for r in scored) / len(scored) if scored else math.nan,
+            "prompts": float(len(found)),
+            "invalid": float(sum(map(len, found.values())) - n),
+        }
+    return out

@@ -12,7 +12,19 @@ from typing import Any
 
 from guerdon.errors import DataError, MissingDependency
 
-__all__ = ["Schema", "first_statement", "has_order", "jaccard", "read_schema", "schema_items", "token_ngrams"]
+__all__ = [
+    "Schema",
+    "canonical_tree",
+    "first_statement",
+    "has_order",
+    "jaccard",
+    "read_schema",
+    "schema_items",
+    "token_ngrams",
+]
+
+_LONGEST = 20_000
+"""Longer texts are not parsed but scanned: parsing them takes seconds, and no query is that long."""
 
 Schema = Mapping[str, Sequence[str]]
 """Table to its columns."""
@@ -29,6 +41,7 @@ def _sqlglot() -> Any:
     return sqlglot
 
 
+@lru_cache(maxsize=4096)
 def first_statement(sql: str, dialect: str = "sqlite") -> str:
     """The text before the first ``;`` that is not inside quotes or a comment, stripped."""
     sqlglot = _sqlglot()
@@ -46,7 +59,7 @@ def first_statement(sql: str, dialect: str = "sqlite") -> str:
 
 def _parse(sql: str, dialect: str) -> Any:
     sqlglot = _sqlglot()
-    if len(sql) > 100_000:
+    if len(sql) > _LONGEST:
         return None
     try:
         found = sqlglot.parse(sql, dialect=dialect)
@@ -119,19 +132,53 @@ def schema_items(
     Raises:
         DataError: with ``strict``, a query that cannot be parsed.
     """
-    tables = read_schema(schema, dialect)
-    statement = first_statement(sql, dialect)
+    tables = tuple(read_schema(schema, dialect).items())
+    found = _schema_items(first_statement(sql, dialect), tables, dialect, expand_star)
+    if found is None and strict:
+        raise DataError(f"cannot parse the query {sql[:80]!r}")
+    return frozenset(_scan(first_statement(sql, dialect), dict(tables))) if found is None else found
+
+
+@lru_cache(maxsize=4096)
+def _schema_items(
+    statement: str, tables: tuple[tuple[str, tuple[str, ...]], ...], dialect: str, expand_star: bool
+) -> frozenset[str] | None:
+    """The items, remembered: a gold query is compared with many candidates. None where nothing can be parsed."""
     if not statement:
         return frozenset()
     tree = _parse(statement, dialect)
     if tree is None:
-        if strict:
-            raise DataError(f"cannot parse the query {sql[:80]!r}")
-        return frozenset(_scan(statement, tables))
+        return None
     try:
-        return frozenset(_Items(tree, tables, expand_star).collect())
+        return frozenset(_Items(tree, dict(tables), expand_star).collect())
     except RecursionError:
-        return frozenset(_scan(statement, tables))
+        return None
+
+
+def canonical_tree(sql: str, schema: Schema | str | None = None, *, dialect: str = "sqlite") -> Any:
+    """The parsed first statement with base tables in front of its columns and without aliases; None if unparseable.
+
+    Columns of subqueries and of common table expressions keep the words that the query gives them.
+    """
+    tree = _parse(first_statement(sql, dialect), dialect)
+    if tree is None:
+        return None
+    exp = _sqlglot().exp
+    items = _Items(tree, read_schema(schema, dialect), expand_star=False)
+    named = [(c, items._column(c)) for c in tree.find_all(exp.Column) if not isinstance(c.this, exp.Star)]
+    for column, item in named:
+        if item is not None:
+            base, _, name = item.partition(".")
+            column.set("table", None if base == "?" else exp.to_identifier(base))
+            column.set("this", exp.to_identifier(name))
+    for table in tree.find_all(exp.Table):
+        table.set("alias", None)
+    for select in tree.find_all(exp.Select):
+        select.set("expressions", [e.this if isinstance(e, exp.Alias) else e for e in select.expressions])
+    for identifier in tree.find_all(exp.Identifier):
+        identifier.set("this", identifier.name.lower())
+        identifier.set("quoted", False)
+    return tree
 
 
 class _Items:
@@ -159,6 +206,8 @@ class _Items:
         for star in self.tree.find_all(exp.Star):
             if isinstance(star.parent, exp.Select):
                 yield from self._star(star.parent, "")
+        for join in self.tree.find_all(exp.Join):
+            yield from self._using(join)
 
     def _sources(self, select: Any) -> dict[str, str | None]:
         """Alias to base table, or to None for a subquery or a common table expression."""
@@ -171,16 +220,17 @@ class _Items:
     def _find_sources(self, select: Any) -> dict[str, str | None]:
         out: dict[str, str | None] = {}
         clauses = [select.args.get("from_") or select.args.get("from"), *(select.args.get("joins") or ())]
-        for clause in clauses:
-            source = getattr(clause, "this", None)
-            if source is None:
-                continue
-            for item in (source, *(j.this for j in (source.args.get("joins") or ()))):
-                if isinstance(item, self.exp.Table):
-                    name = item.name.lower()
-                    out[(item.alias or item.name).lower()] = None if name in self.views else name
-                elif item.alias:
-                    out[item.alias.lower()] = None
+        waiting = [c.this for c in clauses if getattr(c, "this", None) is not None]
+        while waiting:
+            item = waiting.pop(0)
+            waiting += [join.this for join in item.args.get("joins") or ()]
+            if isinstance(item, self.exp.Table):
+                name = item.name.lower()
+                out[(item.alias or item.name).lower()] = None if name in self.views else name
+            elif isinstance(item, self.exp.Paren | self.exp.Subquery) and isinstance(item.this, self.exp.Table):
+                waiting.append(item.this)  # a join in parentheses
+            else:
+                out[(item.alias or f"?{len(out)}").lower()] = None
         return out
 
     def _outward(self, select: Any) -> Iterator[Any]:
@@ -192,7 +242,7 @@ class _Items:
         name, qualifier = column.name.lower(), column.table.lower()
         if not name:
             return None
-        anything_hidden = False
+        anything_hidden = self._orders_a_union(column)
         candidates: list[str] = []
         for select in self._outward(column.parent_select):
             sources = self._sources(select)
@@ -218,6 +268,18 @@ class _Items:
             return f"{candidates[0]}.{name}"
         return f"?.{name}"
 
+    def _orders_a_union(self, column: Any) -> bool:
+        """Whether it names an output column of a set operation, in the ORDER BY behind it."""
+        order = column.find_ancestor(self.exp.Order)
+        return order is not None and isinstance(order.parent, self.exp.SetOperation)
+
+    def _using(self, join: Any) -> Iterator[str]:
+        """Columns of ``JOIN ... USING (c)``: those of all its tables that have one."""
+        bases = {base for base in self._sources(join.find_ancestor(self.exp.Select)).values() if base is not None}
+        for name in (item.name.lower() for item in join.args.get("using") or ()):
+            known = [base for base in bases if name in self.tables.get(base, ())]
+            yield from (f"{base}.{name}" for base in known or [b for b in bases if b not in self.tables] or ["?"])
+
     def _is_alias(self, column: Any, name: str) -> bool:
         select = column.parent_select
         if select is None:
@@ -235,18 +297,21 @@ class _Items:
                 yield from (f"{base}.{c}" for c in self.tables.get(base, ()))
 
 
-_WORD = re.compile(r"[A-Za-z_]\w*")
+_WORD = re.compile(r"[^\W\d]\w*")
+_QUOTED = re.compile(r'"([^"]+)"|`([^`]+)`|\[([^\]]+)\]')
 
 
 def _scan(sql: str, tables: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Known identifiers in a text that no parser reads; columns only of tables that it names."""
     words = {w.lower() for w in _WORD.findall(sql)}
+    words |= {(a or b or c).lower() for a, b, c in _QUOTED.findall(sql)}
     for table, columns in tables.items():
         if table in words:
             yield table
             yield from (f"{table}.{c}" for c in columns if c in words)
 
 
+@lru_cache(maxsize=4096)
 def token_ngrams(
     sql: str, n: int = 2, *, tokenizer: str = "sqlglot", dialect: str = "sqlite"
 ) -> frozenset[tuple[str, ...]]:

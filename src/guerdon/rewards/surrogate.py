@@ -18,28 +18,12 @@ from guerdon.errors import ConfigError, RewardError
 from guerdon.rewards.answer import gold_answers
 from guerdon.rewards.base import OnError, Progress, Reward, as_reward
 from guerdon.rewards.expression import is_expression, same_answer
-from guerdon.rewards.grammar import boxed, last_block
+from guerdon.rewards.grammar import extract_answer
 from guerdon.rewards.length import Count, HumpLength
 from guerdon.rewards.plain import RewardBatch, TextReward
 from guerdon.types import Score, Trajectory, policy_text
 
 __all__ = ["BoxedFormat", "BoxedMatch", "GatedSum", "extract_answer", "format_length", "gated_sum"]
-
-
-def extract_answer(text: str) -> str:
-    """The final answer in a response, or an empty string; the prompt must not be part of ``text``.
-
-    With an ``<answer>`` block (the last one counts): its last balanced box, else its last ``\\( ... \\)``, else its
-    whole text. Without one: the last balanced box behind the last ``</think>`` (or anywhere), else nothing.
-    """
-    block = last_block(text, "answer")
-    if block is None:
-        return boxed(text.rpartition("</think>")[2]) or ""
-    found = boxed(block)
-    if found is not None:
-        return found
-    opened = block.rfind("\\(", 0, max(block.rfind("\\)"), 0))
-    return block[opened + 2 : block.find("\\)", opened)].strip() if opened >= 0 else block
 
 
 def gated_sum(gate_B: Tensor, bonus_B: Tensor, gate_weight: float = 1.0) -> Tensor:

@@ -33,7 +33,7 @@ def max_average_similarity(u_MD: Tensor, v_ND: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     u, v = (x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) for x in (u_MD, v_ND))
     rows: list[Tensor] = []
-    best = torch.full((len(v),), -torch.inf, dtype=u.dtype)
+    best = torch.full((len(v),), -torch.inf, dtype=u.dtype, device=u.device)
     for start in range(0, len(u), _BLOCK):
         part = u[start : start + _BLOCK] @ v.T
         rows.append(part.amax(1))
@@ -112,7 +112,7 @@ class BMAS(AnswerReward):
         bad = next((i for i in ids if not 0 <= i < len(self._table)), None)
         if bad is not None:
             raise DataError(f"the tokenizer gives id {bad}, and the embedding table has {len(self._table)} rows")
-        return self._table[torch.tensor(ids, dtype=torch.long)]
+        return self._table[torch.tensor(ids, dtype=torch.long, device=self._table.device)]
 
     def score_answer(self, answer: str, reference: Any, meta: Mapping[str, Any]) -> Any:
         from guerdon.types import Score

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,7 +71,9 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
 
 
 def reference_calls(reference: Any, task_id: str = "") -> tuple[str, list[dict[str, Any]] | None]:
-    """The reference output and its calls; None where it calls nothing.
+    """The reference output behind its thought, and its calls; None where it calls nothing.
+
+    A reference's thought is not read: in real data thoughts talk about the tags.
 
     Args:
         reference: the reference output as text, or a list of calls (``[]``: an answer in words is expected).
@@ -82,6 +84,7 @@ def reference_calls(reference: Any, task_id: str = "") -> tuple[str, list[dict[s
     """
     where = f"task {task_id!r}: " if task_id else ""
     if isinstance(reference, str):
+        reference = _behind_thought(reference)
         if "<tool_call>" not in reference:
             return reference, None
         try:
@@ -96,13 +99,13 @@ def reference_calls(reference: Any, task_id: str = "") -> tuple[str, list[dict[s
         ):
             raise DataError(f"{where}reference calls are objects with name and parameters")
         block = "\n".join(json.dumps(c) for c in calls)
-        text = (
-            f"<think> </think>\n<tool_call>\n{block}\n</tool_call>"
-            if calls
-            else "<think> </think>\n<response> </response>"
-        )
+        text = f"\n<tool_call>\n{block}\n</tool_call>" if calls else "\n<response> </response>"
         return text, [dict(c) for c in calls] or None
     raise DataError(f"{where}a reference is text or a list of calls, got {type(reference).__name__}")
+
+
+def _behind_thought(reference: str) -> str:
+    return reference.rsplit("</think>", 1)[-1]
 
 
 def _equal(a: Any, b: Any, strict: bool) -> bool:
@@ -259,7 +262,8 @@ _COMPILED = {key: (re.compile(pattern, re.DOTALL), tags) for key, (pattern, tags
 class ToolFormat:
     """Whether the output has the form that the reference has: highest of ``f_range``, else its lowest.
 
-    Which blocks are required depends on the reference alone. Newlines are single and mandatory.
+    Which blocks are required depends on the reference alone, on what stands behind its thought. Newlines are single and
+    mandatory.
 
     Args:
         f_range: lowest and highest value.
@@ -270,7 +274,7 @@ class ToolFormat:
 
     def matches(self, text: str, reference: str) -> bool:
         """Whether one stripped assistant text has the reference's form."""
-        text = text.strip()
+        text, reference = text.strip(), _behind_thought(reference)
         pattern, tags = _COMPILED["<tool_call>" in reference, "<response>" in reference]
         if any(text.count(f"<{t}>") != 1 or text.count(f"</{t}>") != 1 for t in tags):
             return False
@@ -323,9 +327,10 @@ class ScaleSchedule:
     """How the two ranges change over training steps.
 
     Args:
-        kind: ``"constant"``; ``"two_stage"`` (correctness divided by 3 before ``step``, format halved from it on);
-            ``"smooth"`` (the format's range from [-2, 2] to [-1, 1], the correctness's from [-2, 2] to [-3, 3] over
-            ``steps``).
+        kind: ``"constant"``; ``"two_stage"`` (correctness divided by 3 before ``switch``, format halved from it on);
+            ``"smooth"`` (both ranges start as [-2, 2] and move linearly towards the constructor's over ``steps``; the
+            format's never gets narrower than [-1, 1], so that its lowest value is not 0, the correctness's never wider
+            than [-3, 3]).
         switch: step of ``"two_stage"``.
         steps: of ``"smooth"``.
     """
@@ -340,6 +345,10 @@ class ScaleSchedule:
         if self.switch < 0 or self.steps < 1:
             raise ConfigError("switch must be >= 0 and steps at least 1")
 
+    def changes(self) -> Iterable[int]:
+        """The steps from which on the ranges are others than before, beginning with 0."""
+        return {"constant": (0,), "two_stage": (0, self.switch), "smooth": range(self.steps + 1)}[self.kind]
+
     def ranges(
         self, f_range: tuple[float, float], c_range: tuple[float, float], step: int
     ) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -349,8 +358,12 @@ class ScaleSchedule:
                 return f_range, (c_range[0] / 3, c_range[1] / 3)
             return (f_range[0] / 2, f_range[1] / 2), c_range
         if self.kind == "smooth":
-            done = step / self.steps
-            return (min(-1.0, -2.0 + done * 2.0), max(1.0, 2.0 - done)), (max(-3.0, -2.0 - done), min(3.0, 2.0 + done))
+            done = min(1.0, step / self.steps)
+            (f_min, f_max), (c_min, c_max) = f_range, c_range
+            return (
+                (min(-1.0, -2.0 + (2.0 + f_min) * done), max(1.0, 2.0 - (2.0 - f_max) * done)),
+                (max(-3.0, -2.0 + (c_min + 2.0) * done), min(3.0, 2.0 + (c_max - 2.0) * done)),
+            )
         return f_range, c_range
 
 
@@ -382,7 +395,7 @@ class ToolRLReward(Reward):
         super().__init__(name=name, on_error=on_error)
         self.format, self.match = format or ToolFormat(), match or ToolCallMatch()
         self.length, self.schedule = length, schedule or ScaleSchedule()
-        low, high = zip(*(self._ranges(s) for s in (0, self.schedule.switch, self.schedule.steps, 10**6)), strict=True)
+        low, high = zip(*map(self._ranges, self.schedule.changes()), strict=True)
         self.range = (min(low), max(high) + (length is not None))
 
     def _ranges(self, step: int) -> tuple[float, float]:

@@ -29,11 +29,13 @@ def box_iou(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> np.nd
     x, y = np.asarray(a, dtype=np.float64).reshape(-1, 4), np.asarray(b, dtype=np.float64).reshape(-1, 4)
     low = np.maximum(x[:, None, :2], y[None, :, :2])
     high = np.minimum(x[:, None, 2:], y[None, :, 2:])
-    common = np.clip(high - low, 0, None).prod(-1)
-    area_x, area_y = ((z[:, 2:] - z[:, :2]).prod(-1) for z in (x, y))
     good_x, good_y = (np.asarray((z[:, 2:] > z[:, :2]).all(-1)) for z in (x, y))
     good = good_x[:, None] & good_y[None]
-    union = area_x[:, None] + area_y[None] - common
+    # A box may be too large for its area to be a number: it then overlaps the other by nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        common = np.clip(high - low, 0, None).prod(-1)
+        area_x, area_y = ((z[:, 2:] - z[:, :2]).prod(-1) for z in (x, y))
+        union = area_x[:, None] + area_y[None] - common
     return np.where(good & (union > 0), common / np.where(union > 0, union, 1.0), 0.0)
 
 

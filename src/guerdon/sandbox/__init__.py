@@ -7,6 +7,7 @@ from typing import Any
 
 _HOME: dict[str, str] = {
     "Call": "limits",
+    "DockerSandbox": "docker",
     "Job": "limits",
     "Limits": "limits",
     "LocalSandbox": "local",
@@ -15,6 +16,7 @@ _HOME: dict[str, str] = {
     "SandboxError": "local",
     "Status": "limits",
     "default_sandbox": "local",
+    "make_sandbox": "select",
     "run_calls": "local",
     "run_python": "local",
     "run_sql": "local",

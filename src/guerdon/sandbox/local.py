@@ -17,16 +17,17 @@ import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from guerdon.errors import ConfigError, GuerdonError
-from guerdon.sandbox import codec
-from guerdon.sandbox.limits import Job, Limits, Result, Status
+from guerdon.sandbox.limits import Job, Limits, Result, Sandbox, Status
+from guerdon.sandbox.reports import job_message, job_result
 from guerdon.sandbox.zygote import receive, send
 
-__all__ = ["LocalSandbox", "SandboxError", "default_sandbox", "run_calls", "run_python", "run_sql"]
+__all__ = ["CHOICE", "LocalSandbox", "SandboxError", "default_sandbox", "run_calls", "run_python", "run_sql"]
 
+CHOICE = "GUERDON_SANDBOX"
 _GRACE_S = 5.0
 
 
@@ -76,7 +77,7 @@ class LocalSandbox:
         """
         if self._closed:
             raise SandboxError("this sandbox is closed")
-        message = _message(job)
+        message = job_message(job)
         worker = self._idle.get()
         try:
             if worker is None:
@@ -87,7 +88,7 @@ class LocalSandbox:
                 worker.kill()
                 worker = None
                 return Result(Status.KILLED, error=f"the worker was lost: {error or type(error).__name__}")
-            return _result(job, report)
+            return job_result(job, report)
         finally:
             self._idle.put(worker)
 
@@ -196,96 +197,23 @@ def _close_all() -> None:
         sandbox.close()
 
 
-def _bytes(content: str | bytes) -> bytes:
-    return content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+_DEFAULT: dict[tuple[int, str], Sandbox] = {}
 
 
-def _message(job: Job) -> dict[str, Any]:
-    for name in job.files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-            raise ConfigError(f"files are written below the run's own folder; {name!r} is not a relative path in it")
-    limits = job.limits
-    return {
-        "kind": job.kind,
-        "code": job.code.encode("utf-8", "replace").decode(),
-        "stdin": _bytes(job.stdin).hex(),
-        "files": {name: _bytes(content).hex() for name, content in job.files.items()},
-        "calls": [
-            {"name": c.name, "args": codec.encode(list(c.args)), "kwargs": codec.encode(dict(c.kwargs))}
-            for c in job.calls
-        ],
-        "database": None if job.database is None else str(Path(job.database).resolve()),
-        "readable": [] if job.database is None else [str(Path(job.database).resolve())],
-        "parameters": codec.encode(list(job.parameters)),
-        "max_rows": job.max_rows,
-        "limits": {name: getattr(limits, name) for name in Limits.__dataclass_fields__},
-    }
+def default_sandbox() -> Sandbox:
+    """One sandbox per process, made on first use: this machine's, or the one that ``GUERDON_SANDBOX`` names.
 
+    Raises:
+        ConfigError: the variable names no sandbox; see :func:`guerdon.sandbox.make_sandbox`.
+    """
+    choice = os.environ.get(CHOICE, "")
+    place = (os.getpid(), choice)
+    found = _DEFAULT.get(place)
+    if found is None or getattr(found, "_closed", False):
+        from guerdon.sandbox.select import chosen
 
-def _result(job: Job, report: dict[str, Any]) -> Result:
-    stdout, stderr = (bytes.fromhex(report[k]).decode("utf-8", "replace") for k in ("stdout", "stderr"))
-    values, done = _values(report["values"])
-    code: int = report["code"]
-    stopped = report["stopped"]
-    expects = job.kind != "program"
-    last = next((line for line in reversed(stderr.strip().splitlines()) if line.strip()), "")
-    status, error = Status.OK, None
-    if stopped == "timeout":
-        status, error = Status.TIMEOUT, f"it ran longer than {job.limits.wall_s:g} s"
-    elif stopped == "output":
-        status, error = Status.OUTPUT, f"it wrote more than {job.limits.output_bytes} bytes"
-    elif code in (-signal.SIGXCPU, -signal.SIGKILL) and report["cpu_s"] >= job.limits.cpu_s * 0.9:
-        status, error = Status.CPU, f"it used more than {job.limits.cpu_s:g} s of CPU time"
-    elif code == 77 or last.startswith("MemoryError") or (code == -signal.SIGSEGV and "MemoryError" in stderr):
-        status, error = Status.MEMORY, f"it needed more than {job.limits.memory_mb} MiB"
-    elif code < 0:
-        status, error = Status.KILLED, f"ended by {signal.Signals(-code).name}"
-    elif code != 0:
-        status, error = Status.ERROR, last or f"it exited with code {code}"
-    elif expects and not done:
-        status, error = Status.ERROR, "it ended before every call was answered"
-    return Result(
-        status,
-        stdout,
-        stderr,
-        code if code >= 0 else None,
-        values,
-        error,
-        float(report["wall_s"]),
-        float(report["cpu_s"]),
-    )
-
-
-def _values(text: str) -> tuple[tuple[tuple[bool, Any], ...], bool]:
-    """Read the answers; whatever else stands there came from the job and counts as nothing."""
-    import json
-
-    out: list[tuple[bool, Any]] = []
-    done = False
-    for line in text.split("\n"):
-        if not line:
-            continue
-        if line == "done":
-            done = True
-            continue
-        try:
-            ok, form = json.loads(line)
-            out.append((ok is True, codec.decode(form)))
-        except (ValueError, TypeError, RecursionError) as error:
-            out.append((False, f"unreadable answer: {type(error).__name__}"))
-    return tuple(out), done
-
-
-_DEFAULT: dict[int, LocalSandbox] = {}
-
-
-def default_sandbox() -> LocalSandbox:
-    """One sandbox per process, made on first use."""
-    pid = os.getpid()
-    if pid not in _DEFAULT or _DEFAULT[pid]._closed:
-        _DEFAULT[pid] = LocalSandbox()
-    return _DEFAULT[pid]
+        found = _DEFAULT[place] = chosen(choice) if choice else LocalSandbox()
+    return found
 
 
 def run_python(code: str, stdin: str | bytes = "", *, limits: Limits | None = None, **options: Any) -> Result:

@@ -81,6 +81,7 @@ def main(package: str) -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     place = _Place(rights)
+    _prepare(place.folder)
     send(channel, {"ready": rights.support(), "folder": place.folder})
     gc.freeze()
     try:
@@ -88,6 +89,26 @@ def main(package: str) -> None:
             send(channel, _serve(job, rights, place, channel.fileno()))
     finally:
         shutil.rmtree(place.folder, ignore_errors=True)
+
+
+def _prepare(folder: str) -> None:
+    """Make what every child needs alike: a child that makes nothing touches few pages, and each one costs a fault."""
+    for signum in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(signum, signal.SIG_DFL)
+    # The streams of a child's descriptors, made on pipes as they will be there.
+    null = os.open(os.devnull, os.O_RDWR)
+    reader, writer = os.pipe()
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)  # noqa: SIM115
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    for descriptor in (null, reader, writer):
+        os.close(descriptor)
+    os.environ.update({"HOME": folder, "TMPDIR": folder})
+    tempfile.tempdir = folder
 
 
 class _Place:
@@ -237,8 +258,6 @@ def _child(
     folder = place.folder
     try:
         os.setsid()
-        for signum in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(signum, signal.SIG_DFL)
         os.close(private)
         stdin = (
             os.memfd_create("stdin")
@@ -257,11 +276,6 @@ def _child(
             ruleset = 4
         os.closerange(5, 256)
         os.chdir(folder)
-        os.environ.update({"HOME": folder, "TMPDIR": folder})
-        tempfile.tempdir = folder
-        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)  # noqa: SIM115
         limits = job["limits"]
         rights.confine(
             ruleset, place.filters, cpu_s=limits["cpu_s"], memory=limits["memory_mb"] << 20,

@@ -9,6 +9,8 @@ _HOME = {
     "FixedMember": "routes",
     "KeyStore": "keys",
     "MultiRound": "routes",
+    "RewardSettings": "rewards_app",
+    "RewardsApp": "rewards_app",
     "Served": "routes",
     "Settings": "settings",
     "SingleRound": "routes",

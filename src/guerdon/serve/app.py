@@ -14,12 +14,13 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from guerdon.errors import ConfigError, nearest
 from guerdon.routing.pool import Pool
 from guerdon.serve import wire
+from guerdon.serve.http import CLIENT_CLOSED, JSON, Headers, Receive, Scope, Send, bearer, read_body, respond
 from guerdon.serve.keys import KeyStore, Reservation, digest
 from guerdon.serve.metrics import CONTENT_TYPE, Metrics
 from guerdon.serve.problems import Problem, payload
@@ -31,18 +32,11 @@ from guerdon.types import Usage
 
 __all__ = ["App", "create_app"]
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
-
-_JSON = (b"content-type", b"application/json")
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-_CLIENT_CLOSED = 499  # what access logs call a request whose client went away
 
 
 class _Call:
@@ -197,20 +191,20 @@ class App:
                 raise Problem(405, "method_not_allowed", f"{path} takes {allowed.decode()}, got {scope['method']}")
             if path == "/healthz":
                 ready = not self.draining
-                status, body, kind = 200 if ready else 503, {"status": "ok" if ready else "draining"}, _JSON
-                await _send(send, status, wire.dumps(body), [*headers, kind])
+                status, body, kind = 200 if ready else 503, {"status": "ok" if ready else "draining"}, JSON
+                await respond(send, status, wire.dumps(body), [*headers, kind])
                 return
             await self._authenticate(dict(scope["headers"]))
             if path == "/metrics":
-                await _send(send, 200, self._metrics_text(), [*headers, (b"content-type", CONTENT_TYPE)])
+                await respond(send, 200, self._metrics_text(), [*headers, (b"content-type", CONTENT_TYPE)])
             elif path == "/v1/models":
                 models = [self._describe(served) for served in self.table.values()]
-                await _send(send, 200, wire.dumps({"object": "list", "data": models}), [*headers, _JSON])
+                await respond(send, 200, wire.dumps({"object": "list", "data": models}), [*headers, JSON])
             else:
                 served = self._lookup(path.removeprefix("/v1/models/"))
-                await _send(send, 200, wire.dumps(self._describe(served)), [*headers, _JSON])
+                await respond(send, 200, wire.dumps(self._describe(served)), [*headers, JSON])
         except Problem as problem:
-            await _send(send, problem.status, wire.dumps(payload(problem)), [*headers, _JSON, *problem.headers()])
+            await respond(send, problem.status, wire.dumps(payload(problem)), [*headers, JSON, *problem.headers()])
 
     def _describe(self, served: Served) -> dict[str, Any]:
         out: dict[str, Any] = {
@@ -262,10 +256,7 @@ class App:
     async def _authenticate(self, headers: MutableMapping[bytes, bytes]) -> str:
         if self.keys is None:
             return ""
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not key.strip():
-            raise Problem(401, "missing_api_key", "no API key: send the header 'Authorization: Bearer <key>'")
-        key_digest = digest(key.strip())
+        key_digest = digest(bearer(headers))
         await self.keys.check(key_digest)
         return key_digest
 
@@ -294,7 +285,7 @@ class App:
             task = asyncio.current_task()
             if task is not None:
                 task.uncancel()
-            call.status = _CLIENT_CLOSED
+            call.status = CLIENT_CLOSED
             self.metrics.add("guerdon_disconnects_total", ())
         except Exception as error:  # noqa: BLE001 - a bug: the client gets an OpenAI error, the log where it was
             _report(call, error)
@@ -317,49 +308,20 @@ class App:
         kind = headers.get(b"content-type")
         if kind is not None and kind.partition(b";")[0].strip().lower() != b"application/json":
             raise Problem(415, "unsupported_media_type", "the content type must be application/json")
-        body = await self._body(headers, receive)
+        settings = self.settings
+        body = await read_body(
+            headers, receive, limit=settings.max_body_bytes, seconds=settings.read_s, advice="shorten the messages"
+        )
         try:
             parsed = wire.loads(body)
         except ValueError:
             raise Problem(400, "invalid_json", "the body is not valid JSON in UTF-8") from None
-        settings = self.settings
         request = parse_chat(parsed, headers, time.monotonic())
         request.max_cost_usd = _tighter(request.max_cost_usd, settings.max_cost_usd)
         request.max_calls = _tighter(request.max_calls, settings.max_calls)
         if settings.deadline_s is not None:
             request.deadline = _tighter(request.deadline, time.monotonic() + settings.deadline_s)
         call.request = request
-
-    async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> bytes:
-        limit = self.settings.max_body_bytes
-        too_large = Problem(413, "body_too_large", f"the body may have at most {limit} bytes; shorten the messages")
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > limit:
-            raise too_large
-        message = await self._receive(receive)
-        body = message.get("body", b"")
-        if len(body) > limit:
-            raise too_large
-        if not message.get("more_body"):
-            return body
-        pieces, size = [body], len(body)
-        try:
-            async with asyncio.timeout(self.settings.read_s):
-                while message.get("more_body"):
-                    message = await self._receive(receive)
-                    pieces.append(message.get("body", b""))
-                    size += len(pieces[-1])
-                    if size > limit:
-                        raise too_large
-        except TimeoutError:
-            raise Problem(408, "body_timeout", f"the body did not arrive within {self.settings.read_s:g} s") from None
-        return b"".join(pieces)
-
-    async def _receive(self, receive: Receive) -> MutableMapping[str, Any]:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Problem(_CLIENT_CLOSED, "client_closed", "the client went away")
-        return message
 
     async def _work(self, call: _Call, send: Send) -> None:
         """Plan, reserve, answer. The deadline covers all of it."""
@@ -419,7 +381,7 @@ class App:
         )
         call.status = 200
         call.started = True
-        await _send(send, 200, body, [_JSON, *_headers(call)])
+        await respond(send, 200, body, [JSON, *_headers(call)])
 
     async def _stream(self, call: _Call, request: ChatRequest, served: Served, plan: Plan, send: Send) -> None:
         chunks = wire.Chunks(f"chatcmpl-{call.id}", int(time.time()), call.model, request.include_usage)
@@ -471,18 +433,18 @@ class App:
     async def _fail(self, call: _Call, problem: Problem, send: Send) -> None:
         body = payload(problem)
         call.status = problem.status
-        if problem.status == _CLIENT_CLOSED:
+        if problem.status == CLIENT_CLOSED:
             return
         if call.started:  # the status line is gone: say it inside the stream, and close without [DONE]
             await send({"type": "http.response.body", "body": wire.event(body), "more_body": False})
             return
-        headers = [_JSON, *_headers(call), *problem.headers()]
+        headers = [JSON, *_headers(call), *problem.headers()]
         if problem.status in (408, 413):
             headers.append((b"connection", b"close"))  # the rest of the body is not worth reading
         if call.answer is not None:
             body["guerdon"] = _extension(call, call.answer)
         call.started = True
-        await _send(send, problem.status, wire.dumps(body), headers)
+        await respond(send, problem.status, wire.dumps(body), headers)
 
     def _book(self, call: _Call) -> None:
         """Settle the money and count the request, whatever came of it."""
@@ -548,12 +510,6 @@ def _tighter(a: Any, b: Any) -> Any:
     if a is None:
         return b
     return a if b is None else min(a, b)
-
-
-async def _send(send: Send, status: int, body: bytes, headers: Headers) -> None:
-    headers.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 async def _watch(receive: Receive, call: _Call, task: asyncio.Task[Any]) -> None:

@@ -14,10 +14,11 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from guerdon.types import Usage
 
-__all__ = ["BUCKETS", "Metrics"]
+__all__ = ["BUCKETS", "CONTENT_TYPE", "Metrics"]
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -45,11 +46,16 @@ class Metrics:
 
     Args:
         folder: shared by the workers of one server; ``None`` for a single process.
+
+    A subclass for another server has other ``series`` (kind, help, names of the labels) and ``timings`` (help, labels).
     """
 
+    series: ClassVar[Mapping[str, tuple[str, str, Labels]]] = _HELP
+    timings: ClassVar[Mapping[str, tuple[str, Labels]]] = _HISTOGRAMS
+
     def __init__(self, folder: Path | None = None) -> None:
-        self.counters: dict[str, dict[Labels, float]] = {name: {} for name in _HELP}
-        self.histograms: dict[str, dict[Labels, list[float]]] = {name: {} for name in _HISTOGRAMS}
+        self.counters: dict[str, dict[Labels, float]] = {name: {} for name in self.series}
+        self.histograms: dict[str, dict[Labels, list[float]]] = {name: {} for name in self.timings}
         self.folder = folder
         self._written = 0.0
 
@@ -102,11 +108,11 @@ class Metrics:
         """Everything, all workers together, as Prometheus reads it."""
         total = self._merged()
         lines: list[str] = []
-        for name, (kind, about, label_names) in _HELP.items():
+        for name, (kind, about, label_names) in self.series.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
             for labels, value in sorted(total.counters[name].items()):
                 lines.append(f"{name}{_labels(label_names, labels)} {_number(value)}")
-        for name, (about, label_names) in _HISTOGRAMS.items():
+        for name, (about, label_names) in self.timings.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
             for labels, slots in sorted(total.histograms[name].items()):
                 seen = 0.0
@@ -120,7 +126,7 @@ class Metrics:
     def _merged(self) -> Metrics:
         if self.folder is None:
             return self
-        total = Metrics()
+        total = type(self)()
         total._absorb(self.counters, self.histograms)
         for path in self.folder.glob("*.json"):
             if path.stem == str(os.getpid()):

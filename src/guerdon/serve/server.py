@@ -22,14 +22,54 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from guerdon.errors import ConfigError, MissingDependency
 
 if TYPE_CHECKING:
-    from guerdon.serve.app import App
+    from guerdon.serve.keys import KeyStore
 
-__all__ = ["is_loopback", "listen", "require_keys", "run", "run_workers"]
+__all__ = ["Application", "Bounds", "is_loopback", "listen", "require_keys", "run", "run_workers"]
+
+
+class Bounds(Protocol):
+    """What the server itself needs to know of an application's settings."""
+
+    @property
+    def max_head_bytes(self) -> int:
+        """Most bytes of a request's line and headers."""
+        ...
+
+    @property
+    def read_s(self) -> float:
+        """Seconds within which they must arrive."""
+        ...
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds that a shutdown waits for running requests."""
+        ...
+
+
+class Application(Protocol):
+    """An ASGI application that can be drained: told to take nothing new while it finishes what is running."""
+
+    draining: bool
+    in_flight: int
+
+    @property
+    def keys(self) -> KeyStore | None:
+        """Who may use it."""
+        ...
+
+    @property
+    def settings(self) -> Bounds:
+        """Its limits."""
+        ...
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI entry point."""
+        ...
 
 
 def is_loopback(host: str) -> bool:
@@ -41,15 +81,15 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-def require_keys(host: str, keys: object | None) -> None:
-    """Refuse to offer other machines' users the pool's money without keys.
+def require_keys(host: str, keys: object | None, risk: str = "everybody could spend the pool's money") -> None:
+    """Refuse to offer other machines' users what ``risk`` says without keys.
 
     Raises:
         ConfigError: ``host`` is not loopback and there are no keys.
     """
     if keys is None and not is_loopback(host):
         raise ConfigError(
-            f"--host {host} can be reached from other machines, and everybody could spend the pool's money: "
+            f"--host {host} can be reached from other machines, and {risk}: "
             "give --keys FILE (`guerdon keys create` makes one), or bind to 127.0.0.1"
         )
 
@@ -75,7 +115,7 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(app: App, sock: socket.socket, *, on_ready: Callable[[], None] | None = None) -> None:
+def run(app: Application, sock: socket.socket, *, on_ready: Callable[[], None] | None = None) -> None:
     """Serve until a signal asks to stop. Returns when everything is finished and booked.
 
     Raises:
@@ -94,7 +134,7 @@ def run(app: App, sock: socket.socket, *, on_ready: Callable[[], None] | None = 
         raise ConfigError("the server could not start; the lines above say why")
 
 
-def make_server(app: App, on_ready: Callable[[], None] | None = None) -> Any:
+def make_server(app: Application, on_ready: Callable[[], None] | None = None) -> Any:
     """A uvicorn server that drains before it stops."""
     try:
         import uvicorn
@@ -200,7 +240,7 @@ def make_server(app: App, on_ready: Callable[[], None] | None = None) -> Any:
 
 
 def run_workers(
-    make_app: Callable[[Path], App], sock: socket.socket, workers: int, on_ready: Callable[[], None]
+    make_app: Callable[[Path], Application], sock: socket.socket, workers: int, on_ready: Callable[[], None]
 ) -> None:
     """Serve with several processes that share one socket, one key store and one set of counters.
 
@@ -240,7 +280,7 @@ def run_workers(
         raise ConfigError(f"a worker process ended with exit code {failed}; the lines above say why")
 
 
-def _spawn(make_app: Callable[[Path], App], sock: socket.socket, folder: Path) -> int:
+def _spawn(make_app: Callable[[Path], Application], sock: socket.socket, folder: Path) -> int:
     pid = os.fork()
     if pid:
         return pid

@@ -150,7 +150,8 @@ class OptimiserConfig(Config):
     Args:
         lr: peak learning rate of the policy.
         critic_lr: of the critic or value head; default: ``lr``.
-        schedule: what follows the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"`` down to ``final * lr``.
+        schedule: what follows the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"`` down to ``final * lr``, or ``"wsd"``
+            (warm-up, stable, decay: constant, and linear down over the last quarter of the run).
         warmup: steps of linear warm-up.
         final: fraction of ``lr`` at the end of a decaying schedule.
         weight_decay: decoupled; applied to matrices only, not to gains and biases.
@@ -160,7 +161,7 @@ class OptimiserConfig(Config):
 
     lr: Positive = 1e-5
     critic_lr: Positive | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     final: Fraction = 0.0
     weight_decay: NonNegative = 0.0
@@ -170,7 +171,7 @@ class OptimiserConfig(Config):
 
     def conflicts(self) -> Iterator[str]:
         if self.schedule == "constant" and "final" in self.model_fields_set:
-            yield "final has no meaning with schedule='constant'; choose 'linear' or 'cosine', or leave final out"
+            yield "final has no meaning with schedule='constant'; choose 'linear', 'cosine' or 'wsd', or leave final out"
 
     def scale(self, step: int, steps: int) -> float:
         """Factor on the learning rate at ``step`` (from 0) of ``steps``; a pure function, so a resumed run agrees."""
@@ -179,7 +180,10 @@ class OptimiserConfig(Config):
         if self.schedule == "constant":
             return 1.0
         done = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
-        shape = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        if self.schedule == "wsd":
+            shape = min(1.0, 4.0 * (1.0 - done))
+        else:
+            shape = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.final + (1.0 - self.final) * shape
 
 
