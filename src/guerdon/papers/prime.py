@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "smoke": {"scripts": 200, "sft": 20, "steps": 4, "prompts": 4, "every": 2, "test": 10, "hidden": 32, "low": 0},
-    "cpu": {"scripts": 8000, "sft": 600, "steps": 40, "prompts": 20, "every": 10, "test": 120, "hidden": 64, "low": 20},
+    "cpu": {"scripts": 8000, "sft": 600, "steps": 50, "prompts": 48, "every": 10, "test": 120, "hidden": 64, "low": 20},
     "gpu": {
         "scripts": 20_000,
         "sft": 2000,
@@ -44,8 +44,8 @@ SIZES: Mapping[str, Mapping[str, int]] = {
 end of the accuracy band in per cent (its upper end lies as far from 100)."""
 ARMS = ("outcome", "online", "frozen")
 GROUP = 4
-LR = 4e-4
-"""Of the policy, the same in every arm."""
+LR = 3e-4
+"""Of the policy, the same in every arm; of 1e-4, 3e-4 and 4e-4 (with fewer prompts) the best for outcomes alone."""
 REWARD: Mapping[str, Any] = {"beta": 0.5, "lr": 4e-4, "minibatch_size": 32}
 
 
@@ -64,7 +64,10 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
     claims, measured = judge(runs, seeds, asserted=scale != "smoke")
     return Result(
         "prime", require_scale(scale), tuple(seeds), tuple(claims), PAPER, measured, environment(), time.perf_counter() - started,
-        notes="one warm start shared by all arms and seeds; intervals over seeds and held-out chains (or steps)",
+        notes="one warm start shared by all arms and seeds; intervals over seeds and held-out chains (or steps). Tried before: 20 "
+        "prompts a step at a learning rate of 4e-4, where outcomes alone lost accuracy (0.43 to 0.30) and all claims failed; then, on "
+        "another seed with 64 prompts and 60 steps, reward models with a learning rate of 4e-4 and 1e-3 and beta of 0.5 and 0.05: "
+        "outcomes alone ended at 0.51, PRIME at 0.44 to 0.50",
     )  # fmt: skip
 
 
