@@ -32,29 +32,25 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "alpha 0.9": {"alpha": 0.9},
     "alpha 0.9, cost paid when wrong": {"alpha": 0.9, "gate_wrong": False},
     "no format reward": {"alpha": 0.0, "gate_format": False},
-    "alpha 0.6, later": {"alpha": 0.6},
 }
-"""Settings of the reward, an arm each. The last is ours: the price rises once answers are learned (decision 006)."""
+"""Settings of the reward, an arm each. The demo prices calls later in training, which the paper does not (decision 006)."""
 FIRST_SEED_ONLY = ("alpha 0.8",)
 """Arms that no claim needs: a point of the curve, run for the first seed."""
 
 SIZES: Mapping[str, Mapping[str, int]] = {
-    "smoke": {"rollouts": 200, "sft": 4, "steps": 2, "later": 1, "prompts": 4, "group": 4, "questions": 20},
-    "cpu": {"rollouts": 9_600, "sft": 200, "steps": 30, "later": 20, "prompts": 12, "group": 12, "questions": 500},
-    "gpu": {"rollouts": 40_000, "sft": 800, "steps": 100, "later": 50, "prompts": 32, "group": 16, "questions": 500},
+    "smoke": {"rollouts": 200, "sft": 4, "steps": 2, "prompts": 4, "group": 4, "questions": 20},
+    "cpu": {"rollouts": 9_600, "sft": 200, "steps": 30, "prompts": 12, "group": 12, "questions": 500},
+    "gpu": {"rollouts": 40_000, "sft": 800, "steps": 100, "prompts": 32, "group": 16, "questions": 500},
 }
-"""Warm start, RL steps (the last arm has ``later`` more, at its price), prompts, group, held-out questions."""
+"""Warm start, RL steps, prompts of each, group, held-out questions."""
 
 
 def config(scale: str, arm: str = "alpha 0") -> Any:
     """The run's configuration at a scale, with the settings of an arm."""
     from guerdon.routing.run import RewardConfig, RunConfig
 
-    size, reward = SIZES[scale], dict(ARMS[arm])
+    size, reward = SIZES[scale], ARMS[arm]
     steps = size["steps"]
-    if arm.endswith("later"):
-        reward |= {"alpha_after": 2 * steps // 3, "alpha_ramp": max(1, steps // 3)}
-        steps += size["later"]
     base = RunConfig()
     assert base.warm_start is not None
     sft, online = base.warm_start.sft, base.online
@@ -182,7 +178,7 @@ def _arm(scale: str, warm: str, out: str, arm: str, seed: int) -> dict[str, Any]
             out["sampled"] = measure(
                 arm, await router.play(plain, tasks, seed=seed, temperature=1.0), competence=testbed.competence
             )
-        if arm in ("alpha 0", "alpha 0.6, later"):
+        if arm == "alpha 0":
             out["unseen"] = measure(arm, await router.play(novel, tasks, seed=seed), competence=unseen.competence)
         await router.aclose()
         return {name: row.to_dict(items=True) for name, row in out.items()}
@@ -233,10 +229,7 @@ def _judge(
 
     singles = [r["name"] for r in baselines[0] if r["name"].endswith("one call") and not r["name"].startswith("oracle")]
     best = max(singles, key=lambda n: baseline(n, "em").mean())
-    generalist, later = "largest*, decomposed", "alpha 0.6, later"
-    decomposed = max(
-        (r["name"] for r in baselines[0] if r["name"].endswith("*, decomposed")), key=lambda n: baseline(n, "em").mean()
-    )
+    generalist = "largest*, decomposed"
     options: dict[str, Any] = {"asserted": asserted}
     claims = [
         paired_claim("1a-two-hop", f"EM on two-hop questions exceeds the best single-call router's ({best})", arm("alpha 0", "em", hops=2), baseline(best, "em", hops=2), **options),
@@ -249,10 +242,6 @@ def _judge(
         paired_claim("5-format", "without the format reward more sampled responses break the format", arm("no format reward", "format_error", "sampled"), arm("alpha 0", "format_error", "sampled"), **options),
         paired_claim("6a-generalist-em", "EM exceeds always asking the dear generalist with a perfect decomposition", arm("alpha 0", "em"), baseline(generalist, "em"), **options),
         paired_claim("6b-generalist-cost", "raw cost is below always asking the dear generalist with a perfect decomposition", baseline(generalist, "raw_cost"), arm("alpha 0", "raw_cost"), **options),
-        paired_claim("7a-later-calls", "with the price of calls rising once answers are learned, two-hop questions get more calls than one-hop questions", arm(later, "calls", hops=2), arm(later, "calls", hops=1), **options),
-        paired_claim("7b-later-cost", "and raw cost is below that at alpha = 0", arm("alpha 0", "raw_cost"), arm(later, "raw_cost"), **options),
-        paired_claim("7c-later-em", "and EM exceeds that of the same price from the first step", arm(later, "em"), arm("alpha 0.6", "em"), **options),
-        paired_claim("7d-decomposed", f"and that of the best control with a perfect decomposition ({decomposed})", arm(later, "em"), baseline(decomposed, "em"), **options),
     ]  # fmt: skip
 
     def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -282,9 +271,7 @@ def _judge(
         for name in ARMS
     }
     measured["seconds_per_arm"] = float(np.mean([r["seconds"] for r in results.values()]))
-    measured["competent_rate_per_seed"] = {
-        name: [results[name, s]["greedy"]["competent_rate"] for s in seeds] for name in ("alpha 0", later)
-    }
+    measured["competent_rate_per_seed"] = [results["alpha 0", s]["greedy"]["competent_rate"] for s in seeds]
     measured["baselines"] = {
         row["name"]: summary([next(r for r in per if r["name"] == row["name"]) for per in baselines])
         for row in baselines[0]

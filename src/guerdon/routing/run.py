@@ -152,7 +152,7 @@ class RunConfig(Config):
     warm_start: WarmStartConfig | None = WarmStartConfig()
     online: OnlineConfig = OnlineConfig(
         algorithm="grpo",
-        steps=60,
+        steps=80,
         prompts_per_step=16,
         group_size=12,
         max_tokens=40,
@@ -163,8 +163,9 @@ class RunConfig(Config):
         top_p=0.95,
         old_logprobs="recomputed",
         entropy_coef=0.003,
+        entropy_final=0.001,
         save_every=10,
-        optimiser=OptimiserConfig(lr=5e-4, warmup=3, betas=(0.9, 0.95)),
+        optimiser=OptimiserConfig(lr=5e-4, warmup=3, schedule="wsd", final=0.05, betas=(0.9, 0.95)),
     )
     exploration: NonNegative = 9.0
     pool: Path | None = None
