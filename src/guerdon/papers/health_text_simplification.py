@@ -53,12 +53,13 @@ from guerdon.types import Trajectory, policy_text
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"hidden": 96, "rough": 100, "reading": 3, "sft": 3, "a": 40, "b": 16, "unlabelled": 40, "steps": 2, "prompts": 2, "test": 8},
-    "cpu": {"hidden": 96, "rough": 10_000, "reading": 350, "sft": 60, "a": 400, "b": 60, "unlabelled": 2000, "steps": 45, "prompts": 8, "test": 100},
+    "cpu": {"hidden": 96, "rough": 10_000, "reading": 350, "sft": 60, "a": 400, "b": 60, "unlabelled": 2000, "steps": 60, "prompts": 16, "test": 100},
     "gpu": {"hidden": 288, "rough": 60_000, "reading": 1500, "sft": 150, "a": 400, "b": 60, "unlabelled": 2000, "steps": 150, "prompts": 32, "test": 500},
 }  # fmt: skip
 MAX_TOKENS = 56
 GROUP = 4
-LR = 5e-4
+LR = 1e-4
+"""Of all arms of RL; of 1e-4, 3e-4 and 5e-4, tried on another seed, the only one under which gold did not fall."""
 KL = 0.02
 ARMS = ("SFT on A", "SFT on A and 60 of B", "FKGL", "FKGL, words, relevance", "discriminator", "discriminator, guarded")
 
@@ -139,7 +140,7 @@ class Corpus:
         size = SIZES[scale]
         self.a, self.b = make_pairs(size["a"], "A", seed=seed), make_pairs(size["b"], "B", seed=seed)
         self.unlabelled = rewriting_tasks(make_pairs(size["unlabelled"], "B", split="unlabelled", seed=seed))
-        self.test = {d: make_pairs(size["test"], d, split="test", seed=1) for d in ("A", "B")}  # type: ignore[arg-type]
+        self.test = {d: make_pairs(size["test"], d, split="test", seed=2) for d in ("A", "B")}  # type: ignore[arg-type]
         pairs = [*self.a, *self.b]
         originals, simplified = [p.original for p in pairs], [p.simplified for p in pairs]
         encode = load_encoder("minilm").encode
