@@ -288,7 +288,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-NOTES = "one learning rate and one weight of grounding (0.02, not the paper's 0.5) for all arms, neither swept"
+NOTES = (
+    "one learning rate (1e-3) and one weight of grounding (0.02, not the paper's 0.5) for all arms. Tried on another seed, "
+    "3e-4 over 28 steps: the terminal reward alone ends at 0.94 and progress with grounding at 0.36, after 0.8 early on. So "
+    "games of at most 20 actions are too short for a terminal reward to be sparse, and the policy outruns an estimator that "
+    "was fitted to the base agent's games; a longer world was not tried"
+)
 
 PAPER = {
     "average success over WebShop, ALFWorld and VirtualHome, points over the best previous method": 2.5,
