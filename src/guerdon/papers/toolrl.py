@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"examples": 24, "drills": 24, "warm": 3, "steps": 2, "prompts": 3, "sft": 4, "test": 6, "curve": 4, "tokens": 48},
-    "cpu": {"examples": 600, "drills": 4200, "warm": 240, "steps": 40, "prompts": 8, "sft": 120, "test": 250, "curve": 40, "tokens": 64},
+    "cpu": {"examples": 600, "drills": 4200, "warm": 240, "steps": 130, "prompts": 12, "sft": 120, "test": 250, "curve": 40, "tokens": 64},
     "gpu": {"examples": 1000, "drills": 0, "warm": 300, "steps": 200, "prompts": 64, "sft": 600, "test": 250, "curve": 60, "tokens": 256},
 }  # fmt: skip
 ENOUGH = 0.25
