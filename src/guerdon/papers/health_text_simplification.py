@@ -300,6 +300,9 @@ NOTES = (
     "held-out original of domain B; grades and SARI are means over sentences, SARI on lower-cased text; 'at least' is tested "
     "strictly: the lower bound of the difference must exceed 0. The earlier recipe (mean of grade, word frequency and "
     "relevance) and fine-tuning on B's own 60 pairs are reported beside; nothing is asserted of them"
+    ". Tried before: a learning rate of 5e-4 on 8 prompts a step. There the grade was hacked (grade 6.1, facts 0.88, gold 0.29) "
+    "and the guarded discriminator ended above it (0.41), but below the fine-tuned policy (0.50), as every reward did. At 1e-4 "
+    "nothing is lost and little is learned"
 )
 
 PAPER = {
