@@ -37,7 +37,9 @@ def test_claims_hold_where_they_should_and_arms_of_the_first_seed_alone_are_no_g
             if seed and name in FIRST_SEED_ONLY:
                 continue
             dear = name in ("alpha 0", "no format reward")
-            good = row(chance(0.9 if dear else 0.5), calls if dear else [1.0] * 200, [50.0 if dear else 5.0] * 200, hops)
+            good = row(
+                chance(0.9 if dear else 0.5), calls if dear else [1.0] * 200, [50.0 if dear else 5.0] * 200, hops
+            )
             if name.endswith("paid when wrong"):
                 good = row([0.0] * 200, [0.0] * 200, [0.0] * 200, hops)
             broken = row(chance(0.9), calls, [50.0] * 200, hops, fmt=float(name == "no format reward"))
