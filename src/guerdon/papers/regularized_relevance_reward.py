@@ -10,7 +10,7 @@ that sees the question alone, trained as in the paper on labels of which 17% are
 
 Choices where the paper or the machine leaves some. Encoder: minilm in place of Contriever. The embedding of a response is the
 mean of its sentences' embeddings weighted by their tokens, brought to length 1, since encoding every joined text of
-100,000 episodes takes hours on a core; ``measured`` says how well its relevance agrees with that of the joined texts, and the
+half a million episodes takes hours on a core; ``measured`` says how well its relevance agrees with that of the joined texts, and the
 benchmark of triplets encodes joined texts. F: the default affine map, fitted on responses of the initial policy. A
 response counts as a copy where at least half of its sentences are the question. Gold of open questions is cut at 0. The
 policy starts as supervised training on demonstrations with slips leaves it, as the paper's does; the KL penalty towards that
