@@ -24,7 +24,7 @@ PoolOption = Annotated[Path | None, typer.Option("--pool", help="The pool: a YAM
 
 def _config(path: Path | None, overrides: list[str]) -> Any:
     from guerdon.routing.run import RunConfig
-    from guerdon.training.config import load_yaml
+    from guerdon.training.settings import load_yaml
 
     if path is None:
         return RunConfig.from_mapping(load_yaml(None, overrides), source="overrides")

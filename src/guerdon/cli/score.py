@@ -78,7 +78,7 @@ def read_spec(rewards: Path) -> Any:
         ConfigError: it has other keys, or is no YAML.
     """
     from guerdon.errors import ConfigError
-    from guerdon.training.config import load_yaml
+    from guerdon.training.settings import load_yaml
 
     found = load_yaml(rewards)
     if set(found) != {"reward"}:

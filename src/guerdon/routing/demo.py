@@ -13,7 +13,7 @@ from typing import Any
 
 from guerdon.routing.evaluate import COLUMNS, RouterMetrics, rows_table
 from guerdon.routing.run import Prepared, RouteRun, RunConfig, write_rows
-from guerdon.training.config import load_yaml
+from guerdon.training.settings import load_yaml
 
 __all__ = ["PRICED", "demo", "simulated_pool_yaml"]
 

@@ -41,7 +41,7 @@ from guerdon.routing.member import Backend, Member, PoolConfigError
 from guerdon.routing.pool import Pool
 from guerdon.routing.retry import RetryPolicy
 from guerdon.routing.secrets import Secret
-from guerdon.training.config import Config, Count, NonNegative, Positive, load_yaml
+from guerdon.training.settings import Config, Count, NonNegative, Positive, load_yaml
 
 __all__ = ["PoolConfig", "read_pool"]
 
