@@ -115,7 +115,9 @@ def reproduce(scale: str, seeds: Sequence[int], out: Path) -> Result:
         "router-r1", scale, tuple(seeds), tuple(claims), PAPER, measured, environment(), spent,
         notes=(
             "one warm start shared by all arms and seeds; intervals over seeds and held-out questions; duration_s is the "
-            f"sum over warm start, arms and evaluation, of which {workers} ran at a time"
+            f"sum over warm start, arms and evaluation, of which {workers} ran at a time. Claims 6a and 6b are not the "
+            "paper's: at alpha 0 money does not count, and within these steps some seeds stay with the dear generalist. The "
+            "demo, whose price comes later and whose run is twice as long, leaves it (results/bench/router_r1_demo.json)"
         ),
     )  # fmt: skip
 
