@@ -28,7 +28,7 @@ from guerdon.papers.recipe import Recipe
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "smoke": {"scripts": 40, "sft": 4, "steps": 1, "prompts": 3, "eval": 4, "hidden": 32},
-    "cpu": {"scripts": 3000, "sft": 200, "steps": 40, "prompts": 16, "eval": 100, "hidden": 64},
+    "cpu": {"scripts": 3000, "sft": 200, "steps": 200, "prompts": 16, "eval": 100, "hidden": 64},
     "gpu": {"scripts": 20_000, "sft": 1000, "steps": 300, "prompts": 64, "eval": 500, "hidden": 128},
 }
 BITS, FLIP = 4, 0.15
