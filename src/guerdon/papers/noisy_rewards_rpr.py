@@ -206,7 +206,7 @@ NOTES = (
     "groups flipped a fifth of the signal is left and all of the noise, so that it takes many prompts a step. Tried before "
     "on 16 prompts of 8 samples, 50 steps, a KL penalty of 0.05 (the paper has none) and a base whose guesses were right "
     "four times in ten: 0.42 against 0.98 with clean rewards. Learning rates 2e-4 (too little moves), 3e-4, 5e-4 and 1e-3 "
-    "(the 40% arm sinks below its base) were compared on other seeds, with the clean arm at 1.0 for each"
+    "(the 40% arm sinks below its base) were compared on other seeds; the clean arm ended at 1.0 under all but 3e-4, where it was not run"
 )
 
 PAPER = {

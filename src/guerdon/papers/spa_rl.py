@@ -290,7 +290,7 @@ def say(line: str) -> None:
 
 NOTES = (
     "one learning rate (1e-3) and one weight of grounding (0.02, not the paper's 0.5) for all arms. Tried on another seed, "
-    "3e-4 over 28 steps: the terminal reward alone ends at 0.94 and progress with grounding at 0.36, after 0.8 early on. So "
+    "3e-4 over 28 steps: the terminal reward alone ends at 0.94 and progress with grounding at 0.36. So "
     "games of at most 20 actions are too short for a terminal reward to be sparse, and the policy outruns an estimator that "
     "was fitted to the base agent's games; a longer world was not tried"
 )

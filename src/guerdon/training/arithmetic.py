@@ -20,7 +20,7 @@ from guerdon.policies import Policy, tiny_policy, train_bpe
 from guerdon.training.config import SftConfig
 from guerdon.types import Group, Task
 
-__all__ = ["arithmetic_policy", "solve", "warm_start"]
+__all__ = ["arithmetic_policy", "locked", "solve", "warm_start"]
 
 
 def arithmetic_policy(
