@@ -20,7 +20,7 @@ from typing import Any
 from guerdon.errors import ConfigError, nearest
 from guerdon.routing.pool import Pool
 from guerdon.serve import wire
-from guerdon.serve.http import CLIENT_CLOSED, JSON, Headers, Receive, Scope, Send, bearer, read_body, respond
+from guerdon.serve.http import CLIENT_CLOSED, JSON, Headers, Receive, Scope, Send, bearer, lifespan, read_body, respond
 from guerdon.serve.keys import KeyStore, Reservation, digest
 from guerdon.serve.metrics import CONTENT_TYPE, Metrics
 from guerdon.serve.problems import Problem, payload
@@ -125,26 +125,11 @@ class App:
             else:
                 await self._other(scope, send)
         elif scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
+            await lifespan(self.startup, self.shutdown, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1003})
 
     # ---- life ----
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                try:
-                    await self.startup()
-                except ConfigError as error:
-                    await send({"type": "lifespan.startup.failed", "message": str(error)})
-                    return
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await self.shutdown()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
 
     async def startup(self) -> None:
         """Open the key store."""

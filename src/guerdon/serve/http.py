@@ -8,9 +8,10 @@ import binascii
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
+from guerdon.errors import ConfigError
 from guerdon.serve.problems import Problem
 
-__all__ = ["CLIENT_CLOSED", "JSON", "Headers", "Receive", "Scope", "Send", "bearer", "read_body", "respond"]
+__all__ = ["CLIENT_CLOSED", "JSON", "Headers", "Receive", "Scope", "Send", "bearer", "lifespan", "read_body", "respond"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -20,6 +21,25 @@ Headers = list[tuple[bytes, bytes]]
 JSON = (b"content-type", b"application/json")
 CLIENT_CLOSED = 499
 """What access logs call a request whose client went away."""
+
+
+async def lifespan(
+    startup: Callable[[], Awaitable[None]], shutdown: Callable[[], Awaitable[None]], receive: Receive, send: Send
+) -> None:
+    """ASGI's lifespan protocol: a set-up that cannot be used is reported as a failed start."""
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            try:
+                await startup()
+            except ConfigError as error:
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
+            await send({"type": "lifespan.startup.complete"})
+        else:
+            await shutdown()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
 
 
 def bearer(headers: Mapping[bytes, bytes], *, basic: bool = False) -> bytes:
